@@ -1,0 +1,1 @@
+"""One file a topic: its exercises, each with checks, misconceptions and correct variants."""

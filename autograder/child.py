@@ -1,0 +1,339 @@
+"""The other side of the boundary: the process that runs a student's code.
+
+``python -m autograder.child FD`` starts the *zygote*: it imports torch and the library once, and
+forks a child each time the grader asks for one, in milliseconds. A child runs the cells of one
+notebook and answers calls to the functions that they define. Nothing of the checks is imported
+here, and nothing that a child says is believed: what decides over points is in `autograder.remote`
+and behind it, in the grader's process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import inspect
+import linecache
+import os
+import pkgutil
+import random
+import resource
+import signal
+import socket
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from IPython.core.inputtransformer2 import TransformerManager
+
+import fewer
+from autograder import wire
+from autograder.candidate import student_lines
+from autograder.compare import CandidateError
+
+LONGEST_MESSAGE = 2000  # characters of what an exception says
+RUN_THEIR_CELL = {"capture", "prun", "time", "timeit"}  # magics whose body is still the student's
+
+
+def main(fd: int) -> None:
+    """Import what notebooks use, then fork children until the grader hangs up."""
+    torch.set_num_threads(1)
+    for module in pkgutil.walk_packages(fewer.__path__, "fewer."):
+        # Some topics need what not every machine has, such as triton.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module.name)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("matplotlib.pyplot")
+    hide_the_grader()
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page it looks at
+    control = socket.socket(fileno=fd)
+    wire.send(control, wire.pack("ready"))
+    children: set[int] = set()
+    try:
+        while True:
+            request = wire.unpack(wire.receive(control))
+            if request["do"] == "fork":
+                pid = fork(control, request)
+                children.add(pid)
+                wire.send(control, wire.pack(pid))
+            else:
+                children.discard(request["pid"])
+                wire.send(control, wire.pack(end(request["pid"], request["patience"])))
+    except (EOFError, OSError):
+        for pid in children:
+            end(pid, patience=0)
+
+
+def hide_the_grader() -> None:
+    """Leave only a `check` that does nothing of the package `autograder`."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "autograder"]:
+        del sys.modules[name]
+    stub = types.ModuleType("autograder")
+    stub.check = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    sys.modules["autograder"] = stub
+
+
+def fork(control: socket.socket, request: dict[str, Any]) -> int:
+    """Start a child that serves on the socket that follows the request; its process id."""
+    _, (fd, *_), _, _ = socket.recv_fds(control, 1, 1)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become_child(fd, request)
+        finally:
+            os._exit(70)  # only if the serving itself broke down
+    os.close(fd)
+    return pid
+
+
+def end(pid: int, patience: float) -> int | None:
+    """Kill a child and all of its process group, and reap it.
+
+    Returns:
+        Its wait status if it ended by itself within ``patience`` seconds, else None.
+    """
+    until = time.monotonic() + patience
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done or time.monotonic() >= until:
+            break
+        time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    if done:
+        return status
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)  # it may not yet have a group of its own
+    os.waitpid(pid, 0)
+    return None
+
+
+def become_child(fd: int, request: dict[str, Any]) -> NoReturn:
+    """Leave everything of the zygote behind, then serve until the grader hangs up."""
+    os.setsid()
+    die_with_parent()
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.dup2(fd, 3)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    os.chdir(request["folder"])
+    sys.path.insert(0, "")  # as in a notebook
+    sys.argv = [""]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory(request["memory"])
+    Server(socket.socket(fileno=3), request["seed"]).serve()
+    os._exit(0)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the zygote dies; elsewhere the closed socket must do."""
+    if sys.platform == "linux":
+        import ctypes
+
+        zygote = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != zygote:
+            os._exit(0)
+
+
+def limit_memory(extra: int) -> None:
+    """Allow ``extra`` bytes of address space beyond what the zygote already maps."""
+    with contextlib.suppress(OSError, ValueError):  # not every system has /proc, or the limit
+        with open("/proc/self/statm") as statm:
+            mapped = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + extra, mapped + extra))
+
+
+class Server:
+    """Answers the grader's requests about one notebook, in the order they come."""
+
+    def __init__(self, sock: socket.socket, seed: int) -> None:
+        self.sock = sock
+        self.seed = seed
+        self.guarded: list[tuple[types.FunctionType, Any, Any, Any]] = []
+        # The cells run in a module that looks like that of a notebook.
+        self.main = types.ModuleType("__main__")
+        sys.modules["__main__"] = self.main
+        shell = Shell(self)
+        vars(self.main).update(get_ipython=lambda: shell, display=lambda *args, **kwargs: None)
+        if ipython := sys.modules.get("IPython"):
+            ipython.get_ipython = lambda: shell  # type: ignore[attr-defined]
+        warnings.simplefilter("ignore")
+        self.reseed()
+
+    def reseed(self) -> None:
+        random.seed(self.seed)
+        np.random.seed(self.seed)  # noqa: NPY002  (the generator that old-style code draws from)
+        torch.manual_seed(self.seed)
+
+    def serve(self) -> None:
+        """Do what is asked until the grader hangs up."""
+        while True:
+            try:
+                request = wire.unpack(wire.receive(self.sock))
+            except (EOFError, OSError):
+                return
+            if request["do"] == "run":
+                self.reply(self.run_cell, request["source"], request["label"])
+            elif request["do"] == "guard":
+                self.reply(self.guard, request["name"])
+            elif request["do"] == "look":
+                self.reply(self.look, request["name"])
+            elif request["do"] == "call":
+                # Read them all before the first is answered: if both sides wrote, both would wait.
+                frames = [wire.receive(self.sock) for _ in range(request["count"])]
+                for frame in frames:
+                    args, kwargs = wire.unpack(frame)
+                    self.reply(self.call, request["name"], args, kwargs)
+
+    def reply(self, work: Callable[..., Any], *args: Any) -> None:
+        """Send what ``work`` returns, as it is at this moment, or what it raised."""
+        try:
+            answer = {"value": work(*args)}
+        except BaseException as error:
+            answer = {"error": told(error)}
+        try:
+            frame = wire.pack(answer)
+        except wire.WireError as error:
+            frame = wire.pack({"refused": f"the answer is {error}"})
+        except Exception as error:  # an object that lies about what it is
+            frame = wire.pack({"refused": f"the answer cannot be sent ({type(error).__name__})"})
+        wire.send(self.sock, frame)
+
+    def run_cell(self, source: str, label: str) -> None:
+        """Run a code cell as a notebook would; magics and shell commands do nothing."""
+        self.run_python(to_python(source), f"<cell {label}>")
+
+    def run_python(self, python: str, filename: str) -> None:
+        linecache.cache[filename] = (len(python), None, python.splitlines(keepends=True), filename)
+        code = compile(python, filename, "exec", dont_inherit=True)
+        with warnings.catch_warnings():
+            exec(code, vars(self.main))
+
+    def look(self, name: str) -> tuple[str, bool, str]:
+        """The type of what is called ``name`` ('' if nothing is), whether it can be called, and
+        the file name of its code ('' if it has none)."""
+        if name not in vars(self.main):
+            return "", False, ""
+        value = vars(self.main)[name]
+        code = getattr(inspect.unwrap(value), "__code__", None)
+        home = code.co_filename if isinstance(code, types.CodeType) else ""
+        return type(value).__name__, callable(value), home
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = vars(self.main).get(name)
+        if function is None:
+            raise NameError(f"there is no function called {name}")
+        if not callable(function):
+            raise TypeError(
+                f"{name} is no function, but an object of type {type(function).__name__}"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*args, **kwargs)
+
+    def guard(self, name: str | None) -> None:
+        """Make the library's functions called ``name`` raise, by whatever alias one holds them.
+
+        The guard before is lifted. Random numbers start afresh, so that what was judged before does
+        not matter.
+        """
+        for function, code, defaults, kwdefaults in self.guarded:
+            function.__code__ = code
+            function.__defaults__, function.__kwdefaults__ = defaults, kwdefaults
+        self.guarded.clear()
+        for function in library_functions(name) if name else ():
+            self.guarded.append(
+                (function, function.__code__, function.__defaults__, function.__kwdefaults__)
+            )
+            function.__code__ = refusal(str(name), len(function.__code__.co_freevars))
+            function.__defaults__ = function.__kwdefaults__ = None
+        self.reseed()
+
+
+def to_python(source: str) -> str:
+    """A cell without IPython's own syntax. Blank lines at the top stay, for the line numbers."""
+    blank = len(source) - len(source.lstrip("\n"))
+    return "\n" * blank + TransformerManager().transform_cell(source)
+
+
+def library_functions(name: str) -> Iterator[types.FunctionType]:
+    """Every function of the library called ``name``, the wrapped ones inside of others included."""
+    seen: set[int] = set()
+    for path, module in list(sys.modules.items()):
+        layer = vars(module).get(name) if path.split(".")[0] == "fewer" else None
+        if isinstance(layer, type):
+            layer = vars(layer).get("__init__")
+        while layer is not None and id(layer) not in seen:
+            seen.add(id(layer))
+            if isinstance(layer, types.FunctionType):
+                yield layer
+            elif hasattr(layer, "cache_clear"):
+                layer.cache_clear()
+            layer = getattr(layer, "__wrapped__", None)
+
+
+def refusal(name: str, free: int) -> types.CodeType:
+    """Code that raises, with as many free variables as the code that it stands in for."""
+    cells = [f"_{i}" for i in range(free)]
+    source = (
+        f"def outside({', '.join(cells)}):\n"
+        f"    def {name}(*args, **kwargs):\n"
+        f"        raise RuntimeError('the library\\'s {name} is what you are asked to write')\n"
+        f"        ({', '.join([*cells, 'None'])})\n"
+        f"    return {name}\n"
+    )
+    scope: dict[str, Any] = {}
+    exec(compile(source, "<the library>", "exec"), scope)
+    return scope["outside"](*cells).__code__
+
+
+def told(error: BaseException) -> tuple[list[str], str, str]:
+    """An exception as (names of its class and parents, message, lines of the student's code)."""
+    try:
+        trace = student_lines(error)
+        if isinstance(error, SyntaxError) and str(error.filename).startswith("<cell"):
+            trace = f"line {error.lineno}: {(error.text or '').strip()}"
+            message = str(error.msg)
+        else:
+            message = str(error)
+        kinds = CandidateError.of(error).kinds
+        return kinds[:20], message[:LONGEST_MESSAGE], trace[:LONGEST_MESSAGE]
+    except BaseException:  # the student may have written the exception, too
+        return ["Exception"], "an exception that cannot be shown", ""
+
+
+class Shell:
+    """Stands in for IPython's shell: magics are ignored, but for those that run their own cell."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def run_cell_magic(self, name: str, line: str, cell: str, **_: Any) -> None:
+        if name in RUN_THEIR_CELL:
+            self._run(cell, below=1)
+
+    def run_line_magic(self, name: str, line: str, *_: Any, **__: Any) -> None:
+        if name == "time":
+            self._run(line, below=0)
+
+    def _run(self, source: str, below: int) -> None:
+        filename = sys._getframe(2).f_code.co_filename  # the cell that has the magic
+        self._server.run_python("\n" * below + to_python(source), filename)
+
+    def __getattr__(self, name: str) -> Shell:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Shell:
+        return self
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,209 @@
+"""An exercise is three things: a reference, checks, and misconceptions.
+
+Everything else (the student's stub, the solution cell, the grade cell, the kill table) is
+derived from them. The file of a topic's exercises reads like this::
+
+    halve = Exercise(fewer.topic.halve, paper="Author 2020, section 2", difficulty=1, minutes=5)
+
+    @halve.check(points=2, hint="Is the sign kept?", x=tensors())
+    def twice_the_half_is_the_whole(candidate, x):
+        \"\"\"Adding the result to itself gives the input back.\"\"\"
+        expect_close(candidate(x) + candidate(x), x, what="half + half")
+
+    @halve.misconception("You return the magnitude: the sign of x is lost.")
+    def forgets_the_sign(x):
+        return x.abs() / 2
+
+    @halve.accepts("a loop over Python numbers")
+    def loops(x):
+        return torch.tensor([v / 2 for v in x.flatten().tolist()]).reshape(x.shape)
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import strategies as st
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """One named property of an exercise: what it states, what it is worth, and how to recover.
+
+    The property is a plain function ``property(candidate, **drawn)`` that raises AssertionError
+    (mostly through `autograder.compare`) where the candidate breaks it.
+    """
+
+    name: str
+    statement: str
+    points: int
+    hint: str
+    property: Callable[..., None]
+    strategies: dict[str, st.SearchStrategy[Any]]
+    examples: int
+
+    @property
+    def title(self) -> str:
+        """The name as a sentence: ``zero_stays_zero`` reads 'zero stays zero'."""
+        return self.name.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Misconception:
+    """A plausible wrong implementation and the sentence a tutor would say about it."""
+
+    name: str
+    says: str
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A correct implementation in another style, which every check must accept."""
+
+    name: str
+    how: str
+    function: Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Exercise:
+    """A public function of the library that students write themselves.
+
+    Args:
+        reference: the library's function. Its name is the exercise's name, its docstring the task.
+        paper: where the method comes from, as shown beside the exercise.
+        difficulty: 1 (warm-up) to 3 (hard).
+        minutes: what a student who followed the lecture needs.
+        equivalent: automatic mutants that change nothing one can observe, with the reason:
+            ``{"the mutant's text": "why it is equivalent"}``. The kill table prints them.
+    """
+
+    reference: Callable[..., Any]
+    paper: str
+    difficulty: int
+    minutes: int
+    equivalent: dict[str, str] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    misconceptions: list[Misconception] = field(default_factory=list)
+    variants: list[Variant] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.difficulty not in (1, 2, 3):
+            raise ValueError(f"difficulty must be 1, 2 or 3, got {self.difficulty!r}")
+        if self.minutes < 1:
+            raise ValueError(f"minutes must be at least 1, got {self.minutes!r}")
+
+    @property
+    def name(self) -> str:
+        return self.reference.__name__
+
+    @property
+    def points(self) -> int:
+        return sum(check.points for check in self.checks)
+
+    @property
+    def topic(self) -> str:
+        """The folder of the library the reference lives in, such as ``quantization``."""
+        return self.reference.__module__.split(".")[1]
+
+    def check(
+        self, *, points: int, hint: str, examples: int = 40, **strategies: st.SearchStrategy[Any]
+    ) -> Callable[[Callable[..., None]], Callable[..., None]]:
+        """Add a check: the decorated function's docstring is its statement to the student."""
+
+        def add(function: Callable[..., None]) -> Callable[..., None]:
+            self.checks.append(
+                Check(
+                    name=function.__name__,
+                    statement=_sentence(function),
+                    points=points,
+                    hint=hint,
+                    property=function,
+                    strategies=strategies,
+                    examples=examples,
+                )
+            )
+            return function
+
+        return add
+
+    def misconception(self, says: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Add a plausible wrong implementation; ``says`` is read by the student who wrote it."""
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.misconceptions.append(Misconception(function.__name__, says, function))
+            return function
+
+        return add
+
+    def accepts(self, how: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Add a correct implementation in another style (``how``), which must get full marks."""
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.variants.append(Variant(function.__name__, how, function))
+            return function
+
+        return add
+
+    def source(self, function: Callable[..., Any] | None = None) -> str:
+        """Source of the reference, or of ``function`` renamed to the exercise's name.
+
+        Decorators are dropped: what remains can be pasted into a cell.
+        """
+        function = function or self.reference
+        source = textwrap.dedent(inspect.getsource(function))
+        tree = ast.parse(source).body[0]
+        assert isinstance(tree, ast.FunctionDef)
+        lines = source.splitlines()[tree.lineno - 1 :]
+        lines[0] = lines[0].replace(f"def {tree.name}(", f"def {self.name}(", 1)
+        return "\n".join(lines) + "\n"
+
+
+def _sentence(function: Callable[..., Any]) -> str:
+    doc = inspect.getdoc(function)
+    if not doc:
+        raise ValueError(f"the check {function.__name__} needs a docstring: its statement in words")
+    return " ".join(doc.split())
+
+
+@functools.cache
+def exercises() -> dict[str, Exercise]:
+    """Every exercise of `autograder.checks`, by name, in the order they were written.
+
+    >>> exercises()["quantize_symmetric"].topic
+    'quantization'
+    """
+    package = importlib.import_module("autograder.checks")
+    found: dict[str, Exercise] = {}
+    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
+        module = importlib.import_module(f"autograder.checks.{info.name}")
+        for value in vars(module).values():
+            if isinstance(value, Exercise):
+                if value.name in found and found[value.name] is not value:
+                    raise ValueError(f"two exercises are called {value.name!r}: names are unique")
+                found[value.name] = value
+    return found
+
+
+def find(function: Callable[..., Any] | str) -> Exercise:
+    """The exercise of a function, found by the function's name.
+
+    Raises:
+        KeyError: if no exercise has that name; the message lists the names there are.
+    """
+    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
+    try:
+        return exercises()[name]
+    except KeyError:
+        raise KeyError(
+            f"no exercise is called {name!r}; there are: {', '.join(exercises())}"
+        ) from None

@@ -1,0 +1,251 @@
+"""Judge a candidate: run every check of an exercise on its battery of inputs, and explain failures.
+
+`judge` is a pure function of the candidate's behaviour and the seed. `check` is what students call
+in a notebook: the same judgement of a function in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autograder.battery import Drawn, battery, run
+from autograder.candidate import Call, Candidate, Judged, Local, fresh
+from autograder.compare import CandidateDied, CandidateError, Mismatch, as_double
+from autograder.exercise import Check, Exercise, Misconception, find
+from autograder.verdict import Failure, Result, Verdict, show, show_call, show_error
+
+SEED = 0
+SHRINK_RUNS = 200  # how often a failing check is run again in search of a simpler failure
+DIAGNOSE_ON = 12  # failing inputs on which a misconception must behave like the candidate
+
+
+def check(function: Callable[..., Any] | str, seed: int = SEED) -> Verdict:
+    """Judge your function against the checks of the exercise of the same name.
+
+    In a notebook the verdict is shown as a card; elsewhere it is printed. Its value as a number is
+    the points.
+
+    Args:
+        function: the function you wrote; its name says which exercise it is.
+        seed: other seeds draw other inputs.
+
+    Raises:
+        KeyError: if no exercise has the function's name.
+    """
+    exercise = find(function)
+    if isinstance(function, str):
+        raise TypeError(f"check takes the function itself: check({function}), without the quotes")
+    verdict = judge(exercise, Local(function), seed)
+    if not _in_notebook():
+        print(verdict)
+    return verdict
+
+
+def _in_notebook() -> bool:
+    """Whether a front end will show the verdict's card: a kernel does, a terminal does not."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return hasattr(shell, "kernel")
+
+
+def judge(
+    exercise: Exercise, candidate: Candidate, seed: int = SEED, explain: bool = True
+) -> Verdict:
+    """Run every check of ``exercise`` on ``candidate``.
+
+    Args:
+        explain: look for the simplest counter-example and for a misconception that behaves alike.
+            The points are the same without; only the feedback is poorer.
+    """
+    results: list[Result] = []
+    dead = ""
+    for item in exercise.checks:
+        if dead:
+            results.append(_failed(item, Failure(dead)))
+            continue
+        try:
+            results.append(_judge_one(exercise, item, candidate, seed, explain))
+        except CandidateDied as death:
+            dead = str(death)
+            results.append(_failed(item, Failure(dead)))
+    return Verdict(exercise.name, results, seed)
+
+
+def _judge_one(
+    exercise: Exercise, item: Check, candidate: Candidate, seed: int, explain: bool
+) -> Result:
+    candidate.foresee(foreseen(exercise, item, seed))
+    failing: list[Attempt] = []
+    for drawn in battery(item, seed):
+        attempt = Attempt(exercise, item, candidate, drawn)
+        if attempt.todo:
+            return Result(item.name, item.statement, item.points, "todo", item.hint)
+        if attempt.failure:
+            failing.append(attempt)
+            if not explain:
+                break
+    if not failing:
+        return Result(item.name, item.statement, item.points, "passed")
+    if not explain:
+        return _failed(item, failing[0].failure)
+    misconception = diagnose(exercise, [c for a in failing[:DIAGNOSE_ON] for c in a.calls])
+    try:
+        simplest = _shrink(exercise, item, candidate, seed) or failing[0]
+    except CandidateDied:  # a verdict must not depend on how far the search for a nicer one came
+        simplest = failing[0]
+    return _failed(item, simplest.failure, misconception)
+
+
+class Attempt:
+    """One run of a check's property on one set of inputs.
+
+    Attributes:
+        failure: what to tell the student, or None where the property held.
+        todo: the candidate says that nothing was written yet.
+        calls: the calls the property made.
+    """
+
+    def __init__(self, exercise: Exercise, item: Check, candidate: Candidate, drawn: Drawn) -> None:
+        judged = Judged(candidate, exercise.reference)
+        self.failure: Failure | None = None
+        self.todo = False
+        self.calls = judged.calls
+        trouble: Exception | None = None
+        try:
+            item.property(judged, **fresh(drawn))
+        except CandidateDied:
+            raise
+        except (
+            Exception
+        ) as error:  # whatever a strange result does to a check, the student caused it
+            trouble = error
+        if any(_is_todo(call) for call in self.calls):
+            self.todo = True
+        elif trouble is not None:
+            self.failure = _explain(exercise, trouble, self.calls)
+
+
+def _is_todo(call: Call) -> bool:
+    return isinstance(call.error, CandidateError) and "NotImplementedError" in call.error.kinds
+
+
+def _explain(exercise: Exercise, trouble: Exception, calls: list[Call]) -> Failure:
+    call = show_call(exercise.name, calls[-1]) if calls else ""
+    got = show(calls[-1].value) if calls and calls[-1].error is None else ""
+    if isinstance(trouble, CandidateError):
+        return Failure(show_error(trouble), call, trace=trouble.trace)
+    if isinstance(trouble, Mismatch):
+        expected = "" if trouble.expected is None else show(trouble.expected)
+        return Failure(trouble.message, call, got, expected)
+    return Failure(f"the result could not be used: {trouble}", call, got)
+
+
+def _failed(item: Check, failure: Failure | None, diagnosis: Misconception | None = None) -> Result:
+    return Result(
+        check=item.name,
+        statement=item.statement,
+        points=item.points,
+        status="failed",
+        hint=item.hint,
+        diagnosis=diagnosis.says if diagnosis else "",
+        misconception=diagnosis.name if diagnosis else "",
+        failure=failure,
+    )
+
+
+class _Enough(BaseException):
+    """Stops Hypothesis' search for a simpler failure; BaseException, so that it is not caught."""
+
+
+def _shrink(exercise: Exercise, item: Check, candidate: Candidate, seed: int) -> Attempt | None:
+    """The simplest failing attempt that Hypothesis finds within a fixed number of runs.
+
+    The bound is a count and not a time, so that feedback too is the same on every machine.
+    """
+    simplest: Attempt | None = None
+    runs = 0
+
+    def test(drawn: Drawn) -> None:
+        nonlocal simplest, runs
+        attempt = Attempt(exercise, item, candidate, drawn)
+        if simplest is not None:
+            runs += 1
+        if attempt.failure:
+            simplest = attempt
+        if runs > SHRINK_RUNS:
+            raise _Enough
+        if attempt.failure:
+            raise Mismatch("")
+
+    with contextlib.suppress(_Enough, Exception):
+        run(item, seed, test, shrink=True)
+    return simplest
+
+
+@functools.lru_cache(maxsize=4096)
+def foreseen(exercise: Exercise, item: Check, seed: int) -> list[Call]:
+    """The calls a check makes when the reference answers: fetched from a child in one batch.
+
+    A candidate that answers differently may be asked other things later; those calls go live.
+    """
+    calls: list[Call] = []
+    for drawn in battery(item, seed):
+        judged = Judged(Local(exercise.reference), exercise.reference)
+        item.property(judged, **fresh(drawn))
+        calls += judged.calls
+    return calls
+
+
+def diagnose(exercise: Exercise, calls: list[Call]) -> Misconception | None:
+    """The first misconception that does exactly what the candidate did in all of ``calls``."""
+    if not calls:
+        return None
+    for misconception in exercise.misconceptions:
+        wrong = Local(misconception.function)
+        if all(_same(outcome, call) for call, outcome in _replay(wrong, calls)):
+            return misconception
+    return None
+
+
+def _replay(candidate: Local, calls: list[Call]) -> Iterator[tuple[Call, Call]]:
+    for call in calls:
+        again = Call(call.args, call.kwargs)
+        try:
+            again.value = candidate(*call.args, **call.kwargs)
+        except CandidateError as error:
+            again.error = error
+        yield call, again
+
+
+def _same(a: Call, b: Call) -> bool:
+    if isinstance(a.error, CandidateError) or isinstance(b.error, CandidateError):
+        both = isinstance(a.error, CandidateError) and isinstance(b.error, CandidateError)
+        return both and a.error.kinds == b.error.kinds  # type: ignore[union-attr]
+    return same(a.value, b.value)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two results are the same data, up to number types and float rounding.
+
+    >>> same((torch.tensor([1, 2]), 3), (torch.tensor([1.0, 2.0]), 3.0))
+    True
+    """
+    if isinstance(a, tuple | list):
+        return (
+            isinstance(b, tuple | list)
+            and len(a) == len(b)
+            and all(same(x, y) for x, y in zip(a, b, strict=True))
+        )
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, Tensor | bool | int | float) and isinstance(b, Tensor | bool | int | float):
+        x, y = as_double(a), as_double(b)
+        return x.shape == y.shape and torch.allclose(x, y, rtol=1e-5, atol=1e-8, equal_nan=True)
+    return bool(type(a) is type(b) and a == b)

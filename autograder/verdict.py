@@ -1,0 +1,233 @@
+"""What a student reads after `check`: points, one line a property, and help with the first failure.
+
+A `Verdict` is plain data (strings and numbers), so it can be stored in a notebook, sent from a
+grading process and shown again later: as a card in Jupyter, as text in a terminal. In a notebook
+its text/plain form is the number of points, which is what nbgrader reads as partial credit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+from torch import Tensor
+
+from autograder.candidate import Call
+from autograder.compare import CandidateError
+
+MIME = "application/vnd.fewer.verdict+json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a check failed, in the student's terms. Empty strings where there is nothing to say."""
+
+    message: str
+    call: str = ""
+    got: str = ""
+    expected: str = ""
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check's outcome: 'passed', 'failed', or 'todo' where nothing was written yet."""
+
+    check: str
+    statement: str
+    points: int
+    status: str
+    hint: str = ""
+    diagnosis: str = ""
+    misconception: str = ""
+    failure: Failure | None = None
+
+    @property
+    def title(self) -> str:
+        return self.check.replace("_", " ")
+
+    @property
+    def earned(self) -> int:
+        return self.points if self.status == "passed" else 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one exercise.
+
+    Attributes:
+        note: what the reader should know about the verdict as a whole (why nothing could run).
+        seed: the seed of the inputs: the same function and seed give the same verdict.
+    """
+
+    exercise: str
+    results: list[Result]
+    seed: int = 0
+    note: str = ""
+    error: str = field(default="", repr=False)
+
+    @property
+    def points(self) -> int:
+        return sum(result.earned for result in self.results)
+
+    @property
+    def possible(self) -> int:
+        return sum(result.points for result in self.results)
+
+    @property
+    def passed(self) -> bool:
+        return all(result.status == "passed" for result in self.results)
+
+    @property
+    def todo(self) -> bool:
+        return bool(self.results) and all(result.status == "todo" for result in self.results)
+
+    @property
+    def first_failure(self) -> Result | None:
+        """The failed check to talk about: the first one, or the first with a diagnosis."""
+        failed = [result for result in self.results if result.status == "failed"]
+        return next((r for r in failed if r.diagnosis), failed[0] if failed else None)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Verdict:
+        """The inverse of `to_json`. Raises KeyError or TypeError for anything else."""
+        results = [
+            Result(**{**r, "failure": Failure(**r["failure"]) if r["failure"] else None})
+            for r in data["results"]
+        ]
+        return cls(**{**data, "results": results})
+
+    def __float__(self) -> float:
+        return float(self.points)
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=100, highlight=False).print(self)
+        return out.getvalue().rstrip()
+
+    def __rich__(self) -> Panel:
+        marks = {"passed": ("✓", "green"), "failed": ("✗", "red"), "todo": ("·", "dim")}
+        lines = []
+        for result in self.results:
+            mark, color = marks[result.status]
+            line = Text(f"{mark} ", style=color)
+            line.append(result.title, style="" if result.status == "passed" else color)
+            line.append(f"  {result.earned}/{result.points}", style="dim")
+            lines.append(line)
+        if self.note:
+            lines.append(Text(self.note, style="yellow"))
+        if worst := self.first_failure:
+            lines += [Text(), Text(worst.statement, style="bold")]
+            for label, value in worst_lines(worst):
+                lines.append(Text.assemble((f"{label}: ", "dim"), value))
+        title = f"{self.exercise}: {self.points} of {self.possible} points"
+        return Panel(Group(*lines), title=title, title_align="left", expand=False)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        return {"text/plain": str(self.points), "text/html": self.html(), MIME: self.to_json()}
+
+    def html(self) -> str:
+        """The card as a piece of HTML with its own style; everything in it is escaped."""
+        return _CARD.render(verdict=self, worst=self.first_failure, lines=worst_lines)
+
+
+def worst_lines(result: Result) -> list[tuple[str, str]]:
+    """What to say about a failed check, as (label, text) pairs in reading order."""
+    failure = result.failure or Failure("")
+    pairs = [
+        ("when called as", failure.call),
+        ("what happened", failure.message),
+        ("your result", failure.got),
+        ("expected", failure.expected),
+        ("your code", failure.trace),
+        ("what it looks like", result.diagnosis),
+        ("hint", result.hint),
+    ]
+    return [(label, text) for label, text in pairs if text]
+
+
+def show(value: Any, whole: int = 64) -> str:
+    """A value as a student can read it: small tensors whole, large ones by shape and range.
+
+    >>> import torch
+    >>> show(torch.tensor([1.0, 2.0]))
+    'tensor([1., 2.])'
+    >>> show(torch.zeros(10, 10))
+    'float32 tensor of shape (10, 10), from 0 to 0'
+    """
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.numel() <= whole:
+            return repr(value)
+        kind = str(value.dtype).removeprefix("torch.")
+        low, high = value.double().min(), value.double().max()
+        return f"{kind} tensor of shape {tuple(value.shape)}, from {low:.4g} to {high:.4g}"
+    if isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value):
+        inner = ", ".join(show(v, whole) for v in value)
+        return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+    # An object's address would make the same failure read differently every time.
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return text if len(text) <= 500 else text[:500] + " ..."
+
+
+def show_call(name: str, call: Call) -> str:
+    """A call as it would be typed: ``f(tensor([1.]), bits=4)``."""
+    parts = [show(a) for a in call.args] + [f"{k}={show(v)}" for k, v in call.kwargs.items()]
+    layout = "" if all(_plain(a) for a in call.args) else "   # not contiguous in memory"
+    return f"{name}({', '.join(parts)}){layout}"
+
+
+def show_error(error: CandidateError) -> str:
+    return f"your function raised {error}"
+
+
+def _plain(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.is_contiguous()
+
+
+_CARD = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    """
+<div class="fewer-verdict" style="font: 14px/1.45 system-ui, sans-serif; max-width: 62em;
+ border: 1px solid #d0d7de; border-left: 5px solid {{ '#009E73' if verdict.passed else
+ '#999999' if verdict.todo else '#D55E00' }}; border-radius: 6px; padding: .7em 1em; margin: .3em 0;
+ color: #1f2328; background: #ffffff">
+<div style="display: flex; justify-content: space-between">
+<b style="font-family: ui-monospace, monospace">{{ verdict.exercise }}</b>
+<b>{{ verdict.points }} / {{ verdict.possible }} points</b></div>
+{% for r in verdict.results %}
+<div style="color: {{ {'passed': '#00734f', 'failed': '#b34700', 'todo': '#6e7781'}[r.status] }}">
+{{ {'passed': '✓', 'failed': '✗', 'todo': '·'}[r.status] }} {{ r.title }}
+<span style="color: #6e7781">{{ r.earned }}/{{ r.points }}</span></div>
+{% endfor %}
+{% if verdict.note %}
+<div style="color: #7a5b00; margin-top: .4em">{{ verdict.note }}</div>
+{% endif %}
+{% if worst %}
+<div style="margin-top: .7em; padding-top: .6em; border-top: 1px solid #e5e8eb">
+<div style="font-weight: 600; margin-bottom: .3em">{{ worst.statement }}</div>
+{% for label, text in lines(worst) %}
+<div style="display: flex; gap: .8em; margin: .15em 0">
+<div style="flex: 0 0 8.5em; color: #6e7781">{{ label }}</div>
+{% if label in ('when called as', 'your result', 'expected', 'your code') %}
+<pre style="margin: 0; white-space: pre-wrap; font-size: 12.5px; background: #f6f8fa;
+ padding: .1em .5em; border-radius: 4px; color: #1f2328">{{ text }}</pre>
+{% elif label == 'what it looks like' %}
+<div style="background: #fff4e5; padding: .1em .5em; border-radius: 4px">{{ text }}</div>
+{% else %}<div>{{ text }}</div>{% endif %}
+</div>
+{% endfor %}
+</div>
+{% endif %}
+</div>
+""".strip()
+)
