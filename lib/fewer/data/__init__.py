@@ -1,0 +1,25 @@
+"""Texts and small data sets that are installed with the library: nothing here needs a network."""
+
+from fewer.data.small import LabelledSplit, digits, mnist1d
+from fewer.data.speeches import (
+    CALIBRATION_IDS,
+    EVALUATION_IDS,
+    Speech,
+    Text,
+    calibration_text,
+    evaluation_text,
+    speeches,
+)
+
+__all__ = [
+    "CALIBRATION_IDS",
+    "EVALUATION_IDS",
+    "LabelledSplit",
+    "Speech",
+    "Text",
+    "calibration_text",
+    "digits",
+    "evaluation_text",
+    "mnist1d",
+    "speeches",
+]
