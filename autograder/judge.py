@@ -142,9 +142,14 @@ def _explain(exercise: Exercise, trouble: Exception, calls: list[Call]) -> Failu
     if isinstance(trouble, CandidateError):
         return Failure(show_error(trouble), call, trace=trouble.trace)
     if isinstance(trouble, Mismatch):
-        expected = "" if trouble.expected is None else show(trouble.expected)
+        expected = "" if trouble.expected is None else show(_single(trouble.expected))
         return Failure(trouble.message, call, got, expected)
     return Failure(f"the result could not be used: {trouble}", call, got)
+
+
+def _single(value: Any) -> Any:
+    """Checks compute in float64; a student need not read that in what was expected."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
 
 
 def _failed(item: Check, failure: Failure | None, diagnosis: Misconception | None = None) -> Result:

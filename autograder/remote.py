@@ -376,7 +376,7 @@ class Remote:
                 if self._received > CHECK_BYTES:
                     self.child._die(f"the answers are larger than {CHECK_BYTES >> 20} MB", 0.0)
             except CandidateDied as death:
-                told = f"{death}, when called as {show_call(self.name, call)}"
+                told = f"{death} (when called as {show_call(self.name, call)})"
                 raise CandidateDied(told) from None
             yield answer
 

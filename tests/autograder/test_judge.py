@@ -78,15 +78,14 @@ def test_the_reference_gets_all_points():
     [
         lambda x, shift=0.0: [x.numpy() / 2 + halves(x, shift)[1] * 0 + shift, np.float64(2)],
         lambda x, shift=0.0: ((x.double() * 0.5 + shift), torch.tensor(2)),
-        lambda x, shift=0.0: (print("noise") or halves(x.requires_grad_(), shift)),
-        lambda x, shift=0.0: (warnings.warn("noise", stacklevel=1) or halves(x, shift)),
+        lambda x, shift=0.0: print("noise") or halves(x.requires_grad_(), shift),
+        lambda x, shift=0.0: warnings.warn("noise", stacklevel=1) or halves(x, shift),
         lambda x, shift=0.0: (sys.stderr.write("noise"), halves(x, shift))[1],
         lambda x, shift=0.0: (halves(x.clone(), shift), x.zero_())[0],
     ],
     ids=["numpy-and-list", "float64", "grad", "warns", "stderr", "spoils-its-input"],
 )
 def test_right_work_in_another_style_passes(right):
-    # arguments are judged by the last lambda only where a ValueError is due; all refuse like halves
     def function(x, shift=0.0):
         if shift < 0:
             raise ValueError("shift")

@@ -197,7 +197,7 @@ def test_a_process_that_dies_is_told_in_the_students_terms(
 
 def test_the_deadly_call_is_shown(child: Child) -> None:
     run(child, "import os\ndef f(x):\n    return x if x < 3 else os._exit(1)")
-    with pytest.raises(CandidateDied, match=r"exit code 1\), when called as f\(3\)"):
+    with pytest.raises(CandidateDied, match=r"exit code 1\) \(when called as f\(3\)\)"):
         child.candidate("f").foresee([Call((i,), {}) for i in range(6)])
 
 

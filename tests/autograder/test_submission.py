@@ -157,15 +157,15 @@ LOST = {
     "sys.exit": ("import sys; sys.exit()\n", "SystemExit"),
     "kill": ("import os; os.kill(os.getpid(), 9)", "killed by signal 9 (out of memory?)"),
     "loop": ("while True:\n    pass", "took longer than 1 s: an endless loop?"),
-    "deadly call": ("import os\ndef halve(x):\n    os._exit(5)", "exit code 5), when called as"),
+    "deadly call": ("import os\ndef halve(x):\n    os._exit(5)", "exit code 5) (when called as"),
     "endless call": ("def halve(x):\n    while True:\n        pass", "took longer than 1 s"),
     "late death": (
         "import os\ndef halve(x):\n    return x / 2 if x.numel() else os._exit(0)",
-        "exit code 0), when called as halve(tensor([]))",
+        "exit code 0) (when called as halve(tensor([])))",
     ),
     "huge answer": (
         "import torch\ndef halve(x):\n    return torch.zeros(60 << 20)",
-        "the answer is larger than 64 MB, when called as",
+        "the answer is larger than 64 MB (when called as",
     ),
     "no function": ("x = 3", "no function is called halve"),
     "renamed": ("def half(x):\n    return x / 2", "no function is called halve"),
@@ -198,7 +198,7 @@ def test_a_cell_that_raises_says_where(zygote: Zygote) -> None:
     assert verdict.first_failure is not None
     assert verdict.first_failure.failure is not None
     assert verdict.first_failure.failure.trace == "line 4: assert limit > 5, 'too low'"
-    assert verdict.note == "Nothing could be judged: your cell raised AssertionError: too low"
+    assert verdict.note == "Nothing could be judged."
 
 
 def test_a_function_counts_even_if_its_cell_raises_below_it(zygote: Zygote) -> None:
