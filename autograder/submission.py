@@ -117,7 +117,7 @@ def _lost(exercise: Exercise, seed: int, why: str, trace: str = "", note: str = 
         Result(check.name, check.statement, check.points, "failed", failure=failure)
         for check in exercise.checks
     ]
-    return Verdict(exercise.name, results, seed, note or "Nothing could be judged.")
+    return Verdict(exercise.name, results, seed, note)
 
 
 class Session:

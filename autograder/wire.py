@@ -167,7 +167,7 @@ def _plain(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
 
 
 def _fits(number: int) -> bool:
-    return int.bit_length(number) < 64
+    return -(2**63) <= int.__int__(number) < 2**63
 
 
 def _of_numpy(array: np.ndarray) -> Any:

@@ -23,6 +23,8 @@ from autograder.oracle import _output as oracle_output
 from autograder.remote import GraderError
 from autograder.verdict import MIME, Result, Verdict
 
+pytestmark = pytest.mark.xdist_group("course")  # the fixtures below grade whole classes
+
 LAB = "lab7_small"
 FIRST, SECOND = "quantize_symmetric", "quantize_asymmetric"
 SCRIPT = f"""\

@@ -9,6 +9,8 @@ from fewer.models import KVCache, chat_prompt, generate, linear_layers
 from fewer.models.fetch import GGUF_NAME, fetch_smollm2
 from fewer.models.gguf_loader import read_gguf
 
+pytestmark = pytest.mark.xdist_group("smollm2")  # one process loads both models
+
 CHAT = [
     {"role": "user", "content": "What is 7 x 12?"},
     {"role": "assistant", "content": "84"},
