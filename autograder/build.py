@@ -405,7 +405,7 @@ def needed_imports(exercise: Exercise) -> tuple[list[str], list[str]]:
     references = {id(other.reference) for other in exercises().values()}
     top: set[tuple[str, str, str]] = set()
     inside: set[tuple[str, str, str]] = set()
-    for name in _global_names(exercise.source()) - {exercise.name}:
+    for name in global_names(exercise.source()) - {exercise.name}:
         value = getattr(module, name, None)
         if name not in vars(module):
             if not hasattr(builtins, name):
@@ -438,7 +438,7 @@ def _import_statements(module: Any) -> dict[str, tuple[str, str, str]]:
     return found
 
 
-def _global_names(source: str) -> set[str]:
+def global_names(source: str) -> set[str]:
     """The names that a piece of source looks up outside itself: annotations and defaults too."""
     table = symtable.symtable(source, "<reference>", "exec")
     defined = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned()}

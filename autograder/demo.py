@@ -29,7 +29,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from autograder.battery import battery
-from autograder.build import _global_names
+from autograder.build import global_names
 from autograder.candidate import Judged, Local, fresh
 from autograder.compare import CandidateError
 from autograder.exercise import Check, Exercise, exercises, find
@@ -264,7 +264,9 @@ def as_cell(exercise: Exercise, function: Callable[..., Any]) -> str:
         assert isinstance(definition, ast.FunctionDef)
         names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
         renamed = {function.__name__: called}
-        for name in sorted(_global_names(source) & function.__globals__.keys()):
+        # Under another name: a call of the exercise's own reference must count as a global.
+        anonymous = source.replace(f"def {exercise.name}(", "def _(", 1)
+        for name in sorted(global_names(anonymous) & function.__globals__.keys()):
             value = function.__globals__[name]
             origin = getattr(value, "__module__", None)
             if value is function:

@@ -5,8 +5,10 @@ Three habits keep one mistake from costing everything. Codes are judged against 
 rounding, the others allow the neighbouring code; and storage types have a check of their own. Ties
 may go either way everywhere.
 
-Misconceptions refuse bad input as the references do, so that they are recognized by their mistake
-and not by a missing error message.
+A misconception is the right method with one thing wrong in it. What those of an exercise have in
+common is in a helper in front of them, open at the places where people go wrong. They refuse bad
+input as the references do, so that they are recognized by their mistake and not by a missing error
+message.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -59,7 +61,7 @@ from fewer.quantization import (
 
 WIDTHS = st.sampled_from((4, 3, 2, 5, 6, 7, 8, None))  # None: nothing is said about bits
 NAN, INF = torch.tensor([1.0, math.nan]), torch.tensor([math.inf, 1.0])
-NOTHING = torch.zeros(0)
+FLOATS = (torch.float32, torch.float64)  # of a scale: a float64 inside is no mistake
 HALF = 0.5 + 1e-3  # the nearest code is this close; rounding in float32 may decide near ties
 ONE = 1.0 + 1e-3  # the nearest code or its neighbour
 # Why two mutants of the uniform quantizers change nothing:
@@ -89,18 +91,39 @@ def over(x: Tensor, dim: int | None, name: str) -> Tensor:
     return getattr(x, name)() if dim is None else getattr(x, name)(dim, keepdim=True)
 
 
+def expect_scale(scale: Tensor, span: Tensor, largest: int) -> None:
+    """Fail unless the scale is span / largest; slices that span nothing have a check of their own.
+
+    ``span`` is the largest magnitude, or hi - lo, of each slice.
+    """
+    expect_shape(scale, span.shape, "the scale")
+    want = torch.where(span > 0, span / largest, 1.0)
+    expect_close(torch.where(span > 0, as_double(scale), 1.0), want, "the scale", reveal=True)
+
+
 def expect_codes_within(
-    steps: float, x: Tensor, codes: Tensor, scale: Tensor, zero_point: Any = 0.0
+    steps: float,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Any = 0.0,
+    where: Tensor | None = None,
 ) -> None:
-    """Fail unless every code is within ``steps`` of x / scale + zero_point (shapes broadcast)."""
-    exact = (as_double(x) / as_double(scale) + as_double(zero_point)).flatten()
-    off = (exact - as_double(codes).flatten()).abs().nan_to_num(math.inf)
+    """Fail unless every code is within ``steps`` of x / scale + zero_point (shapes broadcast).
+
+    Args:
+        where: judge only the codes where this holds.
+    """
+    exact = as_double(x) / as_double(scale) + as_double(zero_point)
+    off = (exact.flatten() - as_double(codes).flatten()).abs().nan_to_num(math.inf)
+    if where is not None:
+        off = torch.where(where.expand(exact.shape).flatten(), off, 0.0)
     if bool((off > steps).any()):
         worst = int(off.argmax())
-        value, code = as_double(x).flatten()[worst], as_double(codes).flatten()[worst]
+        value, code, right = (as_double(part).flatten()[worst] for part in (x, codes, exact))
         place = "x / scale" if isinstance(zero_point, float) else "x / scale + zero_point"
         raise Mismatch(
-            f"the value {value:.6g} got the code {code:.6g}, where {place} is {exact[worst]:.6g}"
+            f"the value {value:.6g} got the code {code:.6g}, where {place} is {right:.6g}"
         )
 
 
@@ -265,22 +288,40 @@ def codes_that_do_not_fit_the_format_are_refused(candidate, bad):
     expect_error(candidate, ValueError, *bad)
 
 
-@minifloat.misconception(
-    "You give every number the hidden leading 1. Where the exponent field is zero the number is "
-    "subnormal: it has no hidden 1, and its exponent is that of the smallest normal numbers."
-)
-def forgets_subnormals(codes, exponent_bits, mantissa_bits, specials="ieee"):
+def _read(
+    codes,
+    exponent_bits,
+    mantissa_bits,
+    specials,
+    leading=(0, 1),  # the digit before the point, of subnormal and of normal numbers
+    lowest=1,  # the exponent field that subnormal numbers are read with
+    bias=None,
+    read_as=None,  # the specials that are really looked for
+    dtype=torch.int64,
+):
+    """decode_minifloat, open where people go wrong."""
     width = require_format(exponent_bits, mantissa_bits, specials)
-    codes = require_codes(codes, 0, 2**width - 1)
+    codes = require_codes(codes, 0, 2**width - 1).to(dtype)
     top, ones = 2**exponent_bits - 1, 2**mantissa_bits - 1
     sign = 1.0 - 2.0 * (codes >> (width - 1))
     e, m = (codes >> mantissa_bits) & top, codes & ones
-    value = sign * torch.ldexp(1 + m / 2**mantissa_bits, e - 2 ** (exponent_bits - 1) + 1)
+    significand = torch.where(e > 0, leading[1], leading[0]) + m / 2**mantissa_bits
+    bias = 2 ** (exponent_bits - 1) - 1 if bias is None else bias
+    value = sign * torch.ldexp(significand, e.clamp(min=lowest) - bias)
+    specials = read_as or specials
     if specials == "ieee":
         value = torch.where(e == top, torch.where(m == 0, sign * math.inf, math.nan), value)
     if specials == "fn":
         value = torch.where((e == top) & (m == ones), math.nan, value)
     return value
+
+
+@minifloat.misconception(
+    "You give every number the hidden leading 1. Where the exponent field is zero the number is "
+    "subnormal: it has no hidden 1, and its exponent is that of the smallest normal numbers."
+)
+def forgets_subnormals(codes, exponent_bits, mantissa_bits, specials="ieee"):
+    return _read(codes, exponent_bits, mantissa_bits, specials, leading=(1, 1), lowest=0)
 
 
 @minifloat.misconception(
@@ -288,18 +329,7 @@ def forgets_subnormals(codes, exponent_bits, mantissa_bits, specials="ieee"):
     "as that of the smallest normal numbers, and not 0 - bias."
 )
 def subnormals_one_exponent_too_low(codes, exponent_bits, mantissa_bits, specials="ieee"):
-    width = require_format(exponent_bits, mantissa_bits, specials)
-    codes = require_codes(codes, 0, 2**width - 1)
-    top, ones = 2**exponent_bits - 1, 2**mantissa_bits - 1
-    sign = 1.0 - 2.0 * (codes >> (width - 1))
-    e, m = (codes >> mantissa_bits) & top, codes & ones
-    fraction = (e > 0) + m / 2**mantissa_bits
-    value = sign * torch.ldexp(fraction, e - 2 ** (exponent_bits - 1) + 1)
-    if specials == "ieee":
-        value = torch.where(e == top, torch.where(m == 0, sign * math.inf, math.nan), value)
-    if specials == "fn":
-        value = torch.where((e == top) & (m == ones), math.nan, value)
-    return value
+    return _read(codes, exponent_bits, mantissa_bits, specials, lowest=0)
 
 
 @minifloat.misconception(
@@ -307,18 +337,7 @@ def subnormals_one_exponent_too_low(codes, exponent_bits, mantissa_bits, special
     "less, so that 1.0 has the exponent field 0 1...1."
 )
 def bias_off_by_one(codes, exponent_bits, mantissa_bits, specials="ieee"):
-    width = require_format(exponent_bits, mantissa_bits, specials)
-    codes = require_codes(codes, 0, 2**width - 1)
-    top, ones = 2**exponent_bits - 1, 2**mantissa_bits - 1
-    sign = 1.0 - 2.0 * (codes >> (width - 1))
-    e, m = (codes >> mantissa_bits) & top, codes & ones
-    fraction = (e > 0) + m / 2**mantissa_bits
-    value = sign * torch.ldexp(fraction, e.clamp(min=1) - 2 ** (exponent_bits - 1))
-    if specials == "ieee":
-        value = torch.where(e == top, torch.where(m == 0, sign * math.inf, math.nan), value)
-    if specials == "fn":
-        value = torch.where((e == top) & (m == ones), math.nan, value)
-    return value
+    return _read(codes, exponent_bits, mantissa_bits, specials, bias=2 ** (exponent_bits - 1))
 
 
 @minifloat.misconception(
@@ -326,17 +345,7 @@ def bias_off_by_one(codes, exponent_bits, mantissa_bits, specials="ieee"):
     "not stored just because it is always there."
 )
 def no_hidden_one(codes, exponent_bits, mantissa_bits, specials="ieee"):
-    width = require_format(exponent_bits, mantissa_bits, specials)
-    codes = require_codes(codes, 0, 2**width - 1)
-    top, ones = 2**exponent_bits - 1, 2**mantissa_bits - 1
-    sign = 1.0 - 2.0 * (codes >> (width - 1))
-    e, m = (codes >> mantissa_bits) & top, codes & ones
-    value = sign * torch.ldexp(m / 2**mantissa_bits, e.clamp(min=1) - 2 ** (exponent_bits - 1) + 1)
-    if specials == "ieee":
-        value = torch.where(e == top, torch.where(m == 0, sign * math.inf, math.nan), value)
-    if specials == "fn":
-        value = torch.where((e == top) & (m == ones), math.nan, value)
-    return value
+    return _read(codes, exponent_bits, mantissa_bits, specials, leading=(0, 0))
 
 
 @minifloat.misconception(
@@ -345,19 +354,9 @@ def no_hidden_one(codes, exponent_bits, mantissa_bits, specials="ieee"):
 )
 def sign_as_twos_complement(codes, exponent_bits, mantissa_bits, specials="ieee"):
     width = require_format(exponent_bits, mantissa_bits, specials)
-    codes = require_codes(codes, 0, 2**width - 1)
-    top, ones = 2**exponent_bits - 1, 2**mantissa_bits - 1
-    negative = codes >= 2 ** (width - 1)
-    sign = torch.where(negative, -1.0, 1.0)
-    codes = torch.where(negative, 2**width - codes, codes)
-    e, m = (codes >> mantissa_bits) & top, codes & ones
-    fraction = (e > 0) + m / 2**mantissa_bits
-    value = sign * torch.ldexp(fraction, e.clamp(min=1) - 2 ** (exponent_bits - 1) + 1)
-    if specials == "ieee":
-        value = torch.where(e == top, torch.where(m == 0, sign * math.inf, math.nan), value)
-    if specials == "fn":
-        value = torch.where((e == top) & (m == ones), math.nan, value)
-    return value
+    codes, sign_bit = require_codes(codes, 0, 2**width - 1), 2 ** (width - 1)
+    codes = torch.where(codes >= sign_bit, sign_bit | (2**width - codes), codes)
+    return _read(codes, exponent_bits, mantissa_bits, specials)
 
 
 @minifloat.misconception(
@@ -365,12 +364,7 @@ def sign_as_twos_complement(codes, exponent_bits, mantissa_bits, specials="ieee"
     "again at what specials means."
 )
 def specials_are_numbers(codes, exponent_bits, mantissa_bits, specials="ieee"):
-    width = require_format(exponent_bits, mantissa_bits, specials)
-    codes = require_codes(codes, 0, 2**width - 1)
-    sign = 1.0 - 2.0 * (codes >> (width - 1))
-    e, m = (codes >> mantissa_bits) & (2**exponent_bits - 1), codes & (2**mantissa_bits - 1)
-    fraction = (e > 0) + m / 2**mantissa_bits
-    return sign * torch.ldexp(fraction, e.clamp(min=1) - 2 ** (exponent_bits - 1) + 1)
+    return _read(codes, exponent_bits, mantissa_bits, specials, read_as="none")
 
 
 @minifloat.misconception(
@@ -378,16 +372,8 @@ def specials_are_numbers(codes, exponent_bits, mantissa_bits, specials="ieee"):
     "holds numbers, all but the one code that is NaN."
 )
 def fn_is_read_as_ieee(codes, exponent_bits, mantissa_bits, specials="ieee"):
-    width = require_format(exponent_bits, mantissa_bits, specials)
-    codes = require_codes(codes, 0, 2**width - 1)
-    top, ones = 2**exponent_bits - 1, 2**mantissa_bits - 1
-    sign = 1.0 - 2.0 * (codes >> (width - 1))
-    e, m = (codes >> mantissa_bits) & top, codes & ones
-    fraction = (e > 0) + m / 2**mantissa_bits
-    value = sign * torch.ldexp(fraction, e.clamp(min=1) - 2 ** (exponent_bits - 1) + 1)
-    if specials != "none":
-        value = torch.where(e == top, torch.where(m == 0, sign * math.inf, math.nan), value)
-    return value
+    read_as = "ieee" if specials == "fn" else specials
+    return _read(codes, exponent_bits, mantissa_bits, specials, read_as=read_as)
 
 
 @minifloat.misconception(
@@ -395,31 +381,16 @@ def fn_is_read_as_ieee(codes, exponent_bits, mantissa_bits, specials="ieee"):
     "wide type first."
 )
 def computes_in_the_type_of_the_codes(codes, exponent_bits, mantissa_bits, specials="ieee"):
-    width = require_format(exponent_bits, mantissa_bits, specials)
-    require_codes(codes, 0, 2**width - 1)
-    top, ones = 2**exponent_bits - 1, 2**mantissa_bits - 1
-    sign = torch.where(codes >> (width - 1) == 1, -1.0, 1.0)
-    e, m = (codes >> mantissa_bits) & top, codes & ones
-    fraction = (e > 0) + m / 2**mantissa_bits
-    value = sign * torch.ldexp(fraction, e.clamp(min=1) - (2 ** (exponent_bits - 1) - 1))
-    if specials == "ieee":
-        value = torch.where(e == top, torch.where(m == 0, sign * math.inf, math.nan), value)
-    if specials == "fn":
-        value = torch.where((e == top) & (m == ones), math.nan, value)
-    return value
+    return _read(codes, exponent_bits, mantissa_bits, specials, dtype=codes.dtype)
 
 
 @minifloat.accepts("one code at a time, as text of zeros and ones")
 def reads_strings_of_bits(codes, exponent_bits, mantissa_bits, specials="ieee"):
-    if exponent_bits not in range(1, 9) or mantissa_bits not in range(1, 24):
-        raise ValueError("no such format")
-    if specials not in {"ieee", "fn", "none"}:
-        raise ValueError(f"specials must be ieee, fn or none, got {specials}")
+    width = require_format(exponent_bits, mantissa_bits, specials)
+    require_codes(codes, 0, 2**width - 1)
 
     def read(code):
-        bits = f"{code:0{1 + exponent_bits + mantissa_bits}b}"
-        if code < 0 or len(bits) > 1 + exponent_bits + mantissa_bits:
-            raise ValueError(f"{code} does not fit")
+        bits = f"{code:0{width}b}"
         sign = -1.0 if bits[0] == "1" else 1.0
         e, m = bits[1 : 1 + exponent_bits], bits[1 + exponent_bits :]
         if specials == "ieee" and "0" not in e:
@@ -436,14 +407,8 @@ def reads_strings_of_bits(codes, exponent_bits, mantissa_bits, specials="ieee"):
 
 @minifloat.accepts("a table of all positive numbers in NumPy, in float64")
 def looks_up_a_table(codes, exponent_bits, mantissa_bits, specials="ieee"):
-    half = 2 ** (exponent_bits + mantissa_bits)
-    if not (1 <= exponent_bits <= 8 and 1 <= mantissa_bits <= 23):
-        raise ValueError("no such format")
-    if specials not in ("ieee", "fn", "none"):
-        raise ValueError("no such specials")
-    index = codes.numpy().astype(np.int64)
-    if index.size and (index.min() < 0 or index.max() >= 2 * half):
-        raise ValueError("a code is out of range")
+    width = require_format(exponent_bits, mantissa_bits, specials)
+    index = require_codes(codes, 0, 2**width - 1).numpy()
     m = 2**mantissa_bits
     table = [np.arange(m) / m * 2.0 ** (2 - 2 ** (exponent_bits - 1))]
     for e in range(1, 2**exponent_bits):
@@ -485,13 +450,9 @@ def each_slice_has_the_scale_of_its_largest_magnitude(candidate, x_dim, bits):
     x, dim = x_dim
     codes, scale = candidate(x, **given(bits=bits, dim=dim))
     absmax = over(x.double().abs(), dim, "amax")
-    expect_shape(scale, absmax.shape, "the scale")
-    alive = absmax > 0  # slices of zeros have a check of their own
-    want = torch.where(alive, absmax / (2 ** ((bits or 8) - 1) - 1), 1.0)
-    expect_close(torch.where(alive, as_double(scale), 1.0), want, "the scale", reveal=True)
+    expect_scale(scale, absmax, 2 ** ((bits or 8) - 1) - 1)
     expect_shape(codes, x.shape, "the codes")
-    alive = alive.expand_as(x)
-    expect_codes_within(ONE, x[alive], codes[alive], as_double(scale).expand_as(x)[alive])
+    expect_codes_within(ONE, x, codes, scale, where=absmax > 0)
 
 
 @symmetric.check(
@@ -572,7 +533,7 @@ def an_all_zero_slice_gets_scale_1_and_codes_0(candidate, rows, columns, case, b
     expect_equal(step[dead], torch.ones(int(dead.sum())), "the scale of a slice of zeros")
     expect_equal(codes[dead], torch.zeros(int(dead.sum())), "the code of a zero")
     expect(torch.isfinite(step) & (step > 0), "a scale is not a positive number")
-    expect_codes_within(ONE, x[~dead], codes[~dead], step[~dead])
+    expect_codes_within(ONE, x, codes, step, where=~dead)
 
 
 @symmetric.check(
@@ -588,8 +549,7 @@ def codes_are_stored_as_int8(candidate, x, bits, learned):
     wants a gradient."""
     codes, scale = candidate(x.requires_grad_(learned), **given(bits=bits))
     expect(codes.dtype == torch.int8, f"the codes are {codes.dtype}, expected torch.int8")
-    kinds = (torch.float32, torch.float64)  # a float64 inside is no mistake
-    expect(scale.dtype in kinds, f"the scale is {scale.dtype}, expected torch.float32")
+    expect(scale.dtype in FLOATS, f"the scale is {scale.dtype}, expected torch.float32")
 
 
 @symmetric.check(
@@ -615,15 +575,32 @@ def what_cannot_be_quantized_is_refused(candidate, bad):
     expect_error(candidate, ValueError, *args, **kwargs)
 
 
+def _prepared(x, bits, dim, clip):
+    """x, the threshold of each slice, the largest code and the scale, all of them right."""
+    x = require_finite(x, "x")
+    largest = 2 ** (require_bits(bits) - 1) - 1
+    absmax = over(x.abs(), dim, "amax")
+    alpha = absmax if clip is None else require_clip(clip, like=absmax)
+    return x, alpha, largest, torch.where(alpha == 0, 1.0, alpha / largest)
+
+
+def _clipped_at(alpha, x, bits):
+    """Codes and scale of x for a threshold that may not fit the slices of x."""
+    largest, alpha = 2 ** (require_bits(bits) - 1) - 1, torch.as_tensor(alpha)
+    if not torch.isfinite(alpha).all() or (alpha < 0).any():
+        raise ValueError("clip must be finite and not negative")
+    scale = torch.where(alpha == 0, 1.0, alpha / largest)
+    return torch.round(x.clamp(-alpha, alpha) / scale).to(torch.int8), scale
+
+
 @symmetric.misconception(
     "You take the maximum of x, not of |x|: where the largest magnitude is negative, codes leave "
     "the range."
 )
 def largest_value_instead_of_magnitude(x, bits=8, dim=None, clip=None):
-    x = require_finite(x, "x")
-    largest = 2 ** (require_bits(bits) - 1) - 1
-    highest = x.amax() if dim is None else x.amax(dim, keepdim=True)
-    alpha = highest if clip is None else require_clip(clip, like=highest)
+    x, alpha, largest, _ = _prepared(x, bits, dim, clip)
+    if clip is None:
+        alpha = over(x, dim, "amax")
     scale = torch.where(alpha == 0, 1.0, alpha / largest)
     return torch.round(x / scale).clamp(-128, 127).to(torch.int8), scale
 
@@ -633,12 +610,9 @@ def largest_value_instead_of_magnitude(x, bits=8, dim=None, clip=None):
     "would need a code that does not exist."
 )
 def divides_by_one_level_too_many(x, bits=8, dim=None, clip=None):
-    x = require_finite(x, "x")
-    levels = 2 ** (require_bits(bits) - 1)
-    absmax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    alpha = absmax if clip is None else require_clip(clip, like=absmax)
-    scale = torch.where(alpha == 0, 1.0, alpha / levels)
-    codes = torch.round(x.clamp(-alpha, alpha) / scale).clamp(-levels, levels - 1)
+    x, alpha, largest, _ = _prepared(x, bits, dim, clip)
+    scale = torch.where(alpha == 0, 1.0, alpha / (largest + 1))
+    codes = torch.round(x.clamp(-alpha, alpha) / scale).clamp(-largest - 1, largest)
     return codes.to(torch.int8), scale
 
 
@@ -647,11 +621,7 @@ def divides_by_one_level_too_many(x, bits=8, dim=None, clip=None):
     "shifts every value to the same side."
 )
 def floors(x, bits=8, dim=None, clip=None):
-    x = require_finite(x, "x")
-    largest = 2 ** (require_bits(bits) - 1) - 1
-    absmax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    alpha = absmax if clip is None else require_clip(clip, like=absmax)
-    scale = torch.where(alpha == 0, 1.0, alpha / largest)
+    x, alpha, largest, scale = _prepared(x, bits, dim, clip)
     codes = torch.floor(x.clamp(-alpha, alpha) / scale).clamp(-largest, largest)
     return codes.to(torch.int8), scale
 
@@ -661,11 +631,7 @@ def floors(x, bits=8, dim=None, clip=None):
     "nearest code first, then convert."
 )
 def truncates(x, bits=8, dim=None, clip=None):
-    x = require_finite(x, "x")
-    largest = 2 ** (require_bits(bits) - 1) - 1
-    absmax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    alpha = absmax if clip is None else require_clip(clip, like=absmax)
-    scale = torch.where(alpha == 0, 1.0, alpha / largest)
+    x, alpha, _, scale = _prepared(x, bits, dim, clip)
     return (x.clamp(-alpha, alpha) / scale).to(torch.int8), scale
 
 
@@ -675,13 +641,7 @@ def truncates(x, bits=8, dim=None, clip=None):
 )
 def one_scale_although_dim_is_given(x, bits=8, dim=None, clip=None):
     x = require_finite(x, "x")
-    largest = 2 ** (require_bits(bits) - 1) - 1
-    absmax = x.abs().amax()
-    alpha = torch.as_tensor(absmax if clip is None else clip)
-    if not torch.isfinite(alpha).all() or (alpha < 0).any():
-        raise ValueError("clip must be finite and not negative")
-    scale = torch.where(alpha == 0, 1.0, alpha / largest)
-    return torch.round(x.clamp(-alpha, alpha) / scale).to(torch.int8), scale
+    return _clipped_at(x.abs().amax() if clip is None else clip, x, bits)
 
 
 @symmetric.misconception(
@@ -690,14 +650,9 @@ def one_scale_although_dim_is_given(x, bits=8, dim=None, clip=None):
 )
 def keeps_dim_and_reduces_the_others(x, bits=8, dim=None, clip=None):
     x = require_finite(x, "x")
-    largest = 2 ** (require_bits(bits) - 1) - 1
     others = [d for d in range(x.dim()) if dim is None or d != dim % x.dim()]
     absmax = x.abs().amax(others, keepdim=dim is not None) if others else x.abs()
-    alpha = torch.as_tensor(absmax if clip is None else clip)
-    if not torch.isfinite(alpha).all() or (alpha < 0).any():
-        raise ValueError("clip must be finite and not negative")
-    scale = torch.where(alpha == 0, 1.0, alpha / largest)
-    return torch.round(x.clamp(-alpha, alpha) / scale).to(torch.int8), scale
+    return _clipped_at(absmax if clip is None else clip, x, bits)
 
 
 @symmetric.misconception(
@@ -706,13 +661,8 @@ def keeps_dim_and_reduces_the_others(x, bits=8, dim=None, clip=None):
 )
 def forgets_keepdim(x, bits=8, dim=None, clip=None):
     x = require_finite(x, "x")
-    largest = 2 ** (require_bits(bits) - 1) - 1
     absmax = x.abs().amax() if dim is None else x.abs().amax(dim)
-    alpha = torch.as_tensor(absmax if clip is None else clip)
-    if not torch.isfinite(alpha).all() or (alpha < 0).any():
-        raise ValueError("clip must be finite and not negative")
-    scale = torch.where(alpha == 0, 1.0, alpha / largest)
-    return torch.round(x.clamp(-alpha, alpha) / scale).to(torch.int8), scale
+    return _clipped_at(absmax if clip is None else clip, x, bits)
 
 
 @symmetric.misconception(
@@ -720,11 +670,7 @@ def forgets_keepdim(x, bits=8, dim=None, clip=None):
     "in int8 and come back with the other sign."
 )
 def forgets_to_clamp(x, bits=8, dim=None, clip=None):
-    x = require_finite(x, "x")
-    largest = 2 ** (require_bits(bits) - 1) - 1
-    absmax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    alpha = absmax if clip is None else require_clip(clip, like=absmax)
-    scale = torch.where(alpha == 0, 1.0, alpha / largest)
+    x, alpha, _, scale = _prepared(x, bits, dim, clip)
     codes = torch.where(alpha == 0, 0.0, torch.round(x / scale))
     return codes.to(torch.int32).to(torch.int8), scale
 
@@ -734,13 +680,15 @@ def forgets_to_clamp(x, bits=8, dim=None, clip=None):
     "Such a slice needs some other scale, and the docstring names one."
 )
 def divides_by_zero(x, bits=8, dim=None, clip=None):
-    x = require_finite(x, "x")
-    largest = 2 ** (require_bits(bits) - 1) - 1
-    absmax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    alpha = absmax if clip is None else require_clip(clip, like=absmax)
+    x, alpha, largest, _ = _prepared(x, bits, dim, clip)
     scale = alpha / largest
     codes = torch.round(x.clamp(-alpha, alpha) / scale).nan_to_num(0.0)
     return codes.to(torch.int8), scale
+
+
+def _nearest(v):
+    """Round to the nearest whole number, ties away from zero."""
+    return np.sign(v) * np.floor(np.abs(v) + 0.5)
 
 
 @symmetric.accepts("NumPy in float64, ties away from zero, the codes clamped instead of x")
@@ -756,37 +704,33 @@ def numpy_with_ties_away_from_zero(x, bits=8, dim=None, clip=None):
             raise ValueError("the clip cannot be negative")
     scale = np.where(alpha > 0, alpha / largest, 1.0)
     ratio = np.where(alpha > 0, values / scale, 0.0)
-    codes = np.sign(ratio) * np.floor(np.abs(ratio) + 0.5)
-    return np.clip(codes, -largest, largest).astype(np.int8), scale.astype(np.float32)
+    codes = np.clip(_nearest(ratio), -largest, largest)
+    return codes.astype(np.int8), scale.astype(np.float32)
 
 
 @symmetric.accepts("Python loops over slices, numbers and comparisons")
 def loops_over_slices(x, bits=8, dim=None, clip=None):
+    if dim is None:
+        codes, scale = loops_over_slices(x.reshape(1, -1), bits, -1, clip)
+        return codes.reshape(x.shape), scale.reshape(())
     if x.numel() == 0 or bits < 2 or bits > 8:
         raise ValueError("nothing to quantize, or no such width")
-    rows = x.reshape(1, -1) if dim is None else x.movedim(dim, -1).reshape(-1, x.shape[dim])
-    shape = list(x.shape)
-    if dim is not None:
-        shape[dim] = 1
-    thresholds = [None] * len(rows)
+    moved, largest = x.movedim(dim, -1), 2 ** (bits - 1) - 1
+    rows = moved.reshape(-1, moved.shape[-1]).tolist()
+    thresholds = [max(abs(v) for v in row) for row in rows]
     if clip is not None:
         # One threshold for each row: laid out as the scale, then read in the order of the rows.
-        wide = torch.as_tensor(clip).expand(shape if dim is not None else ())
-        thresholds = (wide if dim is None else wide.movedim(dim, -1)).flatten().tolist()
+        wide = torch.as_tensor(clip).expand_as(x.narrow(dim, 0, 1))
+        thresholds = wide.movedim(dim, -1).flatten().tolist()
     codes, scales = [], []
-    for row, threshold in zip(rows.tolist(), thresholds, strict=True):
-        alpha = max(abs(v) for v in row) if threshold is None else threshold
+    for row, alpha in zip(rows, thresholds, strict=True):
         if not all(math.isfinite(v) for v in [*row, alpha]) or alpha < 0:
             raise ValueError("NaN, infinity or a negative clip")
-        largest = 2 ** (bits - 1) - 1
         scales.append(alpha / largest if alpha > 0 else 1.0)
         codes.append([round(max(-alpha, min(alpha, v)) / scales[-1]) for v in row])
-    stored = torch.tensor(codes, dtype=torch.int8)
-    if dim is None:
-        return stored.reshape(x.shape), torch.tensor(scales[0])
-    moved = x.movedim(dim, -1).shape
-    stored = stored.reshape(moved).movedim(-1, dim)
-    return stored, torch.tensor(scales).reshape(*moved[:-1], 1).movedim(-1, dim)
+    stored = torch.tensor(codes, dtype=torch.int8).reshape(moved.shape)
+    scale = torch.tensor(scales).reshape(*moved.shape[:-1], 1)
+    return stored.movedim(-1, dim), scale.movedim(-1, dim)
 
 
 # --- 3. quantize_asymmetric ----------------------------------------------------------------------
@@ -835,15 +779,10 @@ def the_scale_spans_the_range_and_zero(candidate, x_dim, bits):
     codes, scale, zero_point = candidate(x, **given(bits=bits, dim=dim))
     low = over(x.double(), dim, "amin").clamp(max=0)
     high = over(x.double(), dim, "amax").clamp(min=0)
-    expect_shape(scale, low.shape, "the scale")
+    expect_scale(scale, high - low, 2 ** (bits or 8) - 1)
     expect_shape(zero_point, low.shape, "the zero-point")
-    alive = high > low
-    want = torch.where(alive, (high - low) / (2 ** (bits or 8) - 1), 1.0)
-    expect_close(torch.where(alive, as_double(scale), 1.0), want, "the scale", reveal=True)
     expect_shape(codes, x.shape, "the codes")
-    alive = alive.expand_as(x)
-    step, zero = (as_double(part).expand_as(x)[alive] for part in (scale, zero_point))
-    expect_codes_within(2 * ONE, x[alive], codes[alive], step, zero)
+    expect_codes_within(2 * ONE, x, codes, scale, zero_point, where=high > low)
 
 
 @asymmetric.check(
@@ -918,8 +857,7 @@ def codes_are_stored_as_uint8(candidate, x, bits, learned):
     scale a float32 one, also where x is a weight that wants a gradient."""
     codes, scale, zero_point = candidate(x.requires_grad_(learned), **given(bits=bits))
     expect(codes.dtype == torch.uint8, f"the codes are {codes.dtype}, expected torch.uint8")
-    kinds = (torch.float32, torch.float64)
-    expect(scale.dtype in kinds, f"the scale is {scale.dtype}, expected torch.float32")
+    expect(scale.dtype in FLOATS, f"the scale is {scale.dtype}, expected torch.float32")
     expect(
         not zero_point.is_floating_point(),
         f"the zero-point is {zero_point.dtype}, expected torch.int32",
@@ -947,19 +885,35 @@ def what_has_no_range_is_refused(candidate, bad):
     expect_error(candidate, ValueError, *bad)
 
 
+def _scaled(low, high, bits):
+    """The scale of a range, and the largest code."""
+    largest = 2 ** require_bits(bits) - 1
+    scale = require_finite(high - low, "the range of x") / largest
+    return torch.where(scale == 0, 1.0, scale), largest
+
+
+def _range(x, bits, dim):
+    """x, lo, the scale and the largest code, all of them right."""
+    x = require_finite(x, "x")
+    low, high = over(x, dim, "amin").clamp(max=0), over(x, dim, "amax").clamp(min=0)
+    return x, low, *_scaled(low, high, bits)
+
+
+def _coded(x, low, high, bits):
+    """quantize_asymmetric for a range that may be the wrong one."""
+    scale, largest = _scaled(low, high, bits)
+    zero_point = torch.round(-low / scale)
+    codes = (torch.round(x / scale) + zero_point).clamp(0, largest)
+    return codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+
+
 @asymmetric.misconception(
     "Your range goes from min to max even where 0 lies outside. Then no code stands for 0: padding "
     "and ReLU zeros come back as something else. Widen the range to contain 0."
 )
 def range_without_zero(x, bits=8, dim=None):
     x = require_finite(x, "x")
-    largest = 2 ** require_bits(bits) - 1
-    low, high = torch.aminmax(x, dim=dim, keepdim=dim is not None)
-    scale = require_finite(high - low, "the range of x") / largest
-    scale = torch.where(scale == 0, 1.0, scale)
-    zero_point = torch.round(-low / scale)
-    codes = (torch.round(x / scale) + zero_point).clamp(0, largest)
-    return codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+    return _coded(x, over(x, dim, "amin"), over(x, dim, "amax"), bits)
 
 
 @asymmetric.misconception(
@@ -967,12 +921,7 @@ def range_without_zero(x, bits=8, dim=None):
     "come back as exactly 0, and only then can it be stored as an integer."
 )
 def zero_point_not_rounded(x, bits=8, dim=None):
-    x = require_finite(x, "x")
-    largest = 2 ** require_bits(bits) - 1
-    low, high = torch.aminmax(x, dim=dim, keepdim=dim is not None)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = require_finite(high - low, "the range of x") / largest
-    scale = torch.where(scale == 0, 1.0, scale)
+    x, low, scale, largest = _range(x, bits, dim)
     zero_point = -low / scale
     codes = torch.round(x / scale + zero_point).clamp(0, largest)
     return codes.to(torch.uint8), scale, zero_point
@@ -984,12 +933,7 @@ def zero_point_not_rounded(x, bits=8, dim=None):
     "codes."
 )
 def shifts_by_the_minimum(x, bits=8, dim=None):
-    x = require_finite(x, "x")
-    largest = 2 ** require_bits(bits) - 1
-    low, high = torch.aminmax(x, dim=dim, keepdim=dim is not None)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = require_finite(high - low, "the range of x") / largest
-    scale = torch.where(scale == 0, 1.0, scale)
+    x, low, scale, _ = _range(x, bits, dim)
     codes = torch.round((x - low) / scale)
     return codes.to(torch.uint8), scale, torch.round(-low / scale).to(torch.int32)
 
@@ -999,14 +943,10 @@ def shifts_by_the_minimum(x, bits=8, dim=None):
     "one asked for here starts at 0."
 )
 def signed_codes(x, bits=8, dim=None):
-    x = require_finite(x, "x")
-    lowest, largest = -(2 ** (require_bits(bits) - 1)), 2 ** (bits - 1) - 1
-    low, high = torch.aminmax(x, dim=dim, keepdim=dim is not None)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = require_finite(high - low, "the range of x") / (largest - lowest)
-    scale = torch.where(scale == 0, 1.0, scale)
-    zero_point = torch.round(lowest - low / scale)
-    codes = (torch.round(x / scale) + zero_point).clamp(lowest, largest)
+    x, low, scale, _ = _range(x, bits, dim)
+    half = 2 ** (bits - 1)
+    zero_point = torch.round(-low / scale) - half
+    codes = (torch.round(x / scale) + zero_point).clamp(-half, half - 1)
     return codes.to(torch.int8), scale, zero_point.to(torch.int32)
 
 
@@ -1015,12 +955,7 @@ def signed_codes(x, bits=8, dim=None):
     "past the last, which in uint8 may even come back as 0."
 )
 def forgets_to_clamp_the_codes(x, bits=8, dim=None):
-    x = require_finite(x, "x")
-    largest = 2 ** require_bits(bits) - 1
-    low, high = torch.aminmax(x, dim=dim, keepdim=dim is not None)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = require_finite(high - low, "the range of x") / largest
-    scale = torch.where(scale == 0, 1.0, scale)
+    x, low, scale, _ = _range(x, bits, dim)
     zero_point = torch.round(-low / scale)
     codes = torch.round(x / scale) + zero_point
     return codes.to(torch.int32).to(torch.uint8), scale, zero_point.to(torch.int32)
@@ -1032,13 +967,8 @@ def forgets_to_clamp_the_codes(x, bits=8, dim=None):
 )
 def range_around_zero(x, bits=8, dim=None):
     x = require_finite(x, "x")
-    largest = 2 ** require_bits(bits) - 1
-    absmax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    scale = require_finite(2 * absmax, "the range of x") / largest
-    zero_point = torch.round(torch.where(scale == 0, 0.0, absmax / scale))
-    scale = torch.where(scale == 0, 1.0, scale)
-    codes = (torch.round(x / scale) + zero_point).clamp(0, largest)
-    return codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+    absmax = over(x.abs(), dim, "amax")
+    return _coded(x, -absmax, absmax, bits)
 
 
 @asymmetric.accepts("NumPy in float64, ties away from zero")
@@ -1052,12 +982,8 @@ def numpy_affine(x, bits=8, dim=None):
         raise ValueError("the range does not fit in float32")
     largest = 2**bits - 1
     scale = np.where(high > low, (high - low) / largest, 1.0)
-
-    def nearest(v):
-        return np.sign(v) * np.floor(np.abs(v) + 0.5)
-
-    zero_point = np.clip(nearest(-low / scale), 0, largest)
-    codes = np.clip(nearest(values / scale) + zero_point, 0, largest)
+    zero_point = np.clip(_nearest(-low / scale), 0, largest)
+    codes = np.clip(_nearest(values / scale) + zero_point, 0, largest)
     return codes.astype(np.uint8), scale, zero_point.astype(np.int64)
 
 
@@ -1068,10 +994,9 @@ def rounds_after_adding(x, bits=8, dim=None):
     values, axes = x.detach().double(), () if dim is None else dim
     low = values.amin(axes, keepdim=dim is not None).clamp(max=0)
     high = values.amax(axes, keepdim=dim is not None).clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).float()
-    if scale.isinf().any() or (high - low > torch.finfo(torch.float32).max).any():
+    if (high - low > torch.finfo(torch.float32).max).any():
         raise ValueError("the range does not fit in float32")
-    scale = scale + (high == low)
+    scale = ((high - low) / (2**bits - 1)).float() + (high == low)
     zero_point = (-low / scale).round().clamp(max=2**bits - 1)
     codes = (values / scale + zero_point).round().clamp(0, 2**bits - 1)
     return codes.byte(), scale, zero_point.int()
@@ -1084,14 +1009,16 @@ noise_ratio = Exercise(
     paper="Bennett 1948, Nagel et al. 2021 (arXiv 2106.08295), section 2",
     difficulty=1,
     minutes=5,
-    equivalent={
+)
+noise_ratio.equivalent.update(
+    {
         "… (require_finite(x, 'x').double(), require_finite(x_hat, …  ->  "
         "… (require_finite(x, 'x'), require_finite(x_hat, …": (
             "float32 sums agree to seven digits, and correct work may use them"
         ),
         "…require_finite(x_hat, 'x_hat').double())  ->  "
         "…require_finite(x_hat, 'x_hat'))": "float64 minus float32 is float64",
-    },
+    }
 )
 
 
@@ -1102,6 +1029,11 @@ def signals(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     x = draw(nonzero(shape, kinds=("whole", "normal", "outlier", "sparse", "positive")))
     x_hat = draw(tensors(shape, kinds=("whole", "normal", "sparse", "constant")))
     return x, x_hat if bool((x != x_hat).any()) else x_hat + 1
+
+
+def energy(x: Tensor) -> float:
+    """The sum of squares, in float64."""
+    return float(x.double().square().sum())
 
 
 @noise_ratio.check(
@@ -1128,8 +1060,7 @@ def it_is_the_ratio_of_two_energies(candidate, pair):
     """SQNR is 10 log10 of the sum of x^2 over all elements, divided by the sum of (x - x_hat)^2
     over all elements."""
     x, x_hat = pair
-    energies = [float(v.double().square().sum()) for v in (x, x.double() - x_hat.double())]
-    want = 10 * math.log10(energies[0] / energies[1])
+    want = 10 * math.log10(energy(x) / energy(x.double() - x_hat.double()))
     expect_close(candidate(x, x_hat), want, "the SQNR", rtol=1e-4, atol=1e-3)
 
 
@@ -1146,7 +1077,7 @@ def half_precision_is_no_excuse(candidate, x, part):
     error = x.double() - x_hat.double()
     if not bool(error.any()):
         return
-    want = 10 * math.log10(float(x.double().square().sum() / error.square().sum()))
+    want = 10 * math.log10(energy(x) / energy(error))
     expect_close(candidate(x, x_hat), want, "the SQNR", rtol=1e-4, atol=1e-2, reveal=True)
 
 
@@ -1186,16 +1117,21 @@ def what_cannot_be_compared_is_refused(candidate, bad):
     expect_error(candidate, ValueError, *bad)
 
 
+def _ratio(x, x_hat, decibels):
+    """sqnr, with the formula left open: decibels(signal, noise), neither of them zero."""
+    signal, restored = require_finite(x, "x").double(), require_finite(x_hat, "x_hat").double()
+    require_same_shape(signal, restored, "x and x_hat")
+    noise = signal - restored
+    if not noise.any() or not signal.any():
+        return -math.inf if noise.any() else math.inf
+    return decibels(signal, noise)
+
+
 @noise_ratio.misconception(
     "Your ratio is upside down: signal over noise, so that higher is better."
 )
 def noise_over_signal(x, x_hat):
-    signal, restored = require_finite(x, "x").double(), require_finite(x_hat, "x_hat").double()
-    require_same_shape(signal, restored, "x and x_hat")
-    noise = (signal - restored).square().sum().item()
-    if noise == 0 or not signal.any():
-        return math.inf if noise == 0 else -math.inf
-    return 10 * math.log10(noise / signal.square().sum().item())
+    return _ratio(x, x_hat, lambda s, n: 10 * math.log10(energy(n) / energy(s)))
 
 
 @noise_ratio.misconception(
@@ -1203,24 +1139,14 @@ def noise_over_signal(x, x_hat):
     "second 10."
 )
 def twenty_times_the_logarithm(x, x_hat):
-    signal, restored = require_finite(x, "x").double(), require_finite(x_hat, "x_hat").double()
-    require_same_shape(signal, restored, "x and x_hat")
-    noise = (signal - restored).square().sum().item()
-    if noise == 0 or not signal.any():
-        return math.inf if noise == 0 else -math.inf
-    return 20 * math.log10(signal.square().sum().item() / noise)
+    return _ratio(x, x_hat, lambda s, n: 20 * math.log10(energy(s) / energy(n)))
 
 
 @noise_ratio.misconception(
     "You use the natural logarithm. Decibels are counted with the logarithm to base 10."
 )
 def natural_logarithm(x, x_hat):
-    signal, restored = require_finite(x, "x").double(), require_finite(x_hat, "x_hat").double()
-    require_same_shape(signal, restored, "x and x_hat")
-    noise = (signal - restored).square().sum().item()
-    if noise == 0 or not signal.any():
-        return math.inf if noise == 0 else -math.inf
-    return 10 * math.log(signal.square().sum().item() / noise)
+    return _ratio(x, x_hat, lambda s, n: 10 * math.log(energy(s) / energy(n)))
 
 
 @noise_ratio.misconception(
@@ -1228,12 +1154,7 @@ def natural_logarithm(x, x_hat):
     "many small ones."
 )
 def magnitudes_instead_of_squares(x, x_hat):
-    signal, restored = require_finite(x, "x").double(), require_finite(x_hat, "x_hat").double()
-    require_same_shape(signal, restored, "x and x_hat")
-    noise = (signal - restored).abs().mean().item()
-    if noise == 0 or not signal.any():
-        return math.inf if noise == 0 else -math.inf
-    return 20 * math.log10(signal.abs().mean().item() / noise)
+    return _ratio(x, x_hat, lambda s, n: 20 * math.log10(s.abs().mean() / n.abs().mean()))
 
 
 @noise_ratio.misconception(
@@ -1241,12 +1162,7 @@ def magnitudes_instead_of_squares(x, x_hat):
     "here the whole signal counts."
 )
 def peak_instead_of_energy(x, x_hat):
-    signal, restored = require_finite(x, "x").double(), require_finite(x_hat, "x_hat").double()
-    require_same_shape(signal, restored, "x and x_hat")
-    noise = (signal - restored).square().mean().item()
-    if noise == 0 or not signal.any():
-        return math.inf if noise == 0 else -math.inf
-    return 10 * math.log10(signal.abs().max().item() ** 2 / noise)
+    return _ratio(x, x_hat, lambda s, n: 10 * math.log10(s.abs().max() ** 2 / n.square().mean()))
 
 
 @noise_ratio.misconception(
@@ -1300,18 +1216,20 @@ per_group = Exercise(
 
 
 @st.composite
-def weights(draw: st.DrawFn, ragged: bool, symmetric: Any = None) -> tuple[Tensor, dict[str, Any]]:
-    """W [out, in] and options; g divides `in` or, ragged, does not; at times it is the default."""
+def weights(
+    draw: st.DrawFn, ragged: bool, symmetric: bool | None = None
+) -> tuple[Tensor, int, int, dict[str, Any]]:
+    """W [out, in], bits, group size and the options that say so, unless they are the defaults.
+
+    The group size divides `in` or, ragged, does not.
+    """
     size = draw(st.sampled_from((2, 3, 1, 4, 5, None) if not ragged else (2, 3, 4, 5, None)))
     g = size or 64
     full = draw(st.integers(0 if ragged else 1, 4 if size else 2))
     tail = draw(st.integers(1, g - 1)) if ragged else 0
     w = draw(nonzero((draw(st.integers(1, 4)), full * g + tail)))
-    return w, given(bits=draw(WIDTHS), group_size=size, symmetric=symmetric)
-
-
-def grouped(w: Tensor, group_size: int) -> list[Tensor]:
-    return [w[:, start : start + group_size] for start in range(0, w.shape[1], group_size)]
+    bits = draw(WIDTHS)
+    return w, bits or 4, g, given(bits=bits, group_size=size, symmetric=symmetric)
 
 
 def spread(parameter: Tensor, group_size: int, columns: int, what: str) -> Tensor:
@@ -1325,12 +1243,9 @@ def spread(parameter: Tensor, group_size: int, columns: int, what: str) -> Tenso
     return as_double(parameter).repeat_interleave(group_size, dim=1)[:, :columns]
 
 
-def expect_group_scales(w: Tensor, options: dict[str, Any], scale: Tensor) -> None:
-    parts = grouped(w.double().abs(), options.get("group_size", 64))
-    absmax = torch.cat([part.amax(1, keepdim=True) for part in parts], 1)
-    expect_shape(scale, absmax.shape, "the scale")
-    want = torch.where(absmax > 0, absmax / (2 ** (options.get("bits", 4) - 1) - 1), 1.0)
-    expect_close(torch.where(absmax > 0, as_double(scale), 1.0), want, "the scale", reveal=True)
+def expect_group_scales(w: Tensor, bits: int, group_size: int, scale: Tensor) -> None:
+    groups = w.double().abs().split(group_size, dim=1)
+    expect_scale(scale, torch.stack([group.amax(1) for group in groups], 1), 2 ** (bits - 1) - 1)
 
 
 @per_group.check(
@@ -1341,13 +1256,12 @@ def expect_group_scales(w: Tensor, options: dict[str, Any], scale: Tensor) -> No
 def consecutive_weights_of_a_row_share_a_scale(candidate, drawn):
     """Each run of group_size consecutive weights of a row has one scale, its largest magnitude over
     2^(bits-1) - 1: in all [out, in / group_size]."""
-    w, options = drawn
+    w, bits, size, options = drawn
     codes, scale, _ = candidate(w, **options)
-    expect_group_scales(w, options, scale)
+    expect_group_scales(w, bits, size, scale)
     expect_shape(codes, w.shape, "the codes")
-    steps = spread(scale, options.get("group_size", 64), w.shape[1], "the scale")
-    used = w != 0
-    expect_codes_within(ONE, w[used], codes[used], steps[used])
+    steps = spread(scale, size, w.shape[1], "the scale")
+    expect_codes_within(ONE, w, codes, steps, where=w != 0)
 
 
 @per_group.check(
@@ -1359,15 +1273,13 @@ def consecutive_weights_of_a_row_share_a_scale(candidate, drawn):
 def the_shorter_last_group_is_a_group_of_its_own(candidate, drawn):
     """Where group_size does not divide a row, its last group is shorter and has a scale from its
     own weights alone; no weight is dropped or added."""
-    w, options = drawn
+    w, bits, size, options = drawn
     codes, scale, _ = candidate(w, **options)
     expect_shape(codes, w.shape, "the codes")
-    expect_group_scales(w, options, scale)
-    size = options.get("group_size", 64)
+    expect_group_scales(w, bits, size, scale)
     steps = spread(scale, size, w.shape[1], "the scale")
-    tail = slice(w.shape[1] // size * size, None)
-    used = w[:, tail] != 0
-    expect_codes_within(ONE, w[:, tail][used], codes[:, tail][used], steps[:, tail][used])
+    w, codes, steps = (whole.split(size, dim=1)[-1] for whole in (w, codes, steps))
+    expect_codes_within(ONE, w, codes, steps, where=w != 0)
 
 
 @per_group.check(
@@ -1377,14 +1289,13 @@ def the_shorter_last_group_is_a_group_of_its_own(candidate, drawn):
 )
 def every_weight_gets_the_nearest_code(candidate, drawn):
     """Every code is the whole number nearest to the weight over the scale of its group."""
-    w, options = drawn
+    w, bits, size, options = drawn
     codes, scale, _ = candidate(w, **options)
     expect_shape(codes, w.shape, "the codes")
-    largest = 2 ** (options.get("bits", 4) - 1) - 1
+    largest = 2 ** (bits - 1) - 1
     expect_integers(codes, "the codes", -largest, largest)
-    steps = spread(scale, options.get("group_size", 64), w.shape[1], "the scale")
-    used = w != 0
-    expect_codes_within(HALF, w[used], codes[used], steps[used])
+    steps = spread(scale, size, w.shape[1], "the scale")
+    expect_codes_within(HALF, w, codes, steps, where=w != 0)
 
 
 @per_group.check(
@@ -1396,17 +1307,14 @@ def every_weight_gets_the_nearest_code(candidate, drawn):
 def asymmetric_groups_have_zero_points(candidate, drawn):
     """With symmetric=False codes go from 0 to 2^bits - 1, each group has a scale and a zero-point
     of its own, and every weight comes back within half a scale."""
-    w, options = drawn
+    w, bits, size, options = drawn
     codes, scale, zero_point = candidate(w, **options)
     expect_shape(codes, w.shape, "the codes")
-    largest, size = 2 ** options.get("bits", 4) - 1, options.get("group_size", 64)
-    expect_integers(codes, "the codes", 0, largest)
-    expect_integers(zero_point, "the zero-points", 0, largest)
-    ends = [(part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)) for part in grouped(w, size)]
-    span = torch.stack([(high - low).double() for low, high in ends], 1)
-    expect_shape(scale, span.shape, "the scale")
-    want = torch.where(span > 0, span / largest, 1.0)
-    expect_close(torch.where(span > 0, as_double(scale), 1.0), want, "the scale", reveal=True)
+    expect_integers(codes, "the codes", 0, 2**bits - 1)
+    expect_integers(zero_point, "the zero-points", 0, 2**bits - 1)
+    groups = w.double().split(size, dim=1)
+    spans = [group.amax(1).clamp(min=0) - group.amin(1).clamp(max=0) for group in groups]
+    expect_scale(scale, torch.stack(spans, 1), 2**bits - 1)
     steps = spread(scale, size, w.shape[1], "the scale")
     zeros = spread(zero_point, size, w.shape[1], "the zero-point")
     expect_codes_within(HALF, w, codes, steps, zeros)
@@ -1459,17 +1367,27 @@ def what_has_no_groups_is_refused(candidate, bad):
     expect_error(candidate, ValueError, *args, **kwargs)
 
 
+def _checked(w, group_size):
+    """w, after a look at it and at the group size."""
+    require_int(group_size, "group_size", 1)
+    return require_matrix(w, "w")
+
+
+def _joined(groups, bits, symmetric, dim=-1):
+    """Matrices quantized one by one, with a scale for each slice along dim, and joined there."""
+    quantize = quantize_symmetric if symmetric else quantize_asymmetric
+    parts = [quantize(group, bits, dim=dim) for group in groups]
+    codes, scale, *zero_point = (torch.cat(part, dim=dim) for part in zip(*parts, strict=True))
+    return codes, scale, zero_point[0] if zero_point else None
+
+
 @per_group.misconception(
     "Your groups run down the columns. W is [out, in], and a group is a run of consecutive "
     "inputs of one output: it lies in a row."
 )
 def groups_down_the_columns(w, bits=4, group_size=64, symmetric=True):
-    w = require_matrix(w, "w")
-    require_int(group_size, "group_size", 1)
-    quantize = quantize_symmetric if symmetric else quantize_asymmetric
-    groups = [quantize(group, bits, dim=0) for group in w.split(group_size, dim=0)]
-    codes, scale, *zero_point = (torch.cat(parts, dim=0) for parts in zip(*groups, strict=True))
-    return codes, scale, zero_point[0] if zero_point else None
+    w = _checked(w, group_size)
+    return _joined(w.split(group_size, dim=0), bits, symmetric, dim=0)
 
 
 @per_group.misconception(
@@ -1477,16 +1395,11 @@ def groups_down_the_columns(w, bits=4, group_size=64, symmetric=True):
     "weights stay together only in the last dimension."
 )
 def every_nth_weight_is_a_group(w, bits=4, group_size=64, symmetric=True):
-    w = require_matrix(w, "w")
-    require_int(group_size, "group_size", 1)
-    quantize = quantize_symmetric if symmetric else quantize_asymmetric
+    w = _checked(w, group_size)
     count = -(-w.shape[1] // group_size)
-    groups = [quantize(w[:, j::count], bits, dim=-1) for j in range(count)]
-    codes = torch.empty_like(groups[0][0]).new_zeros(w.shape)
-    for j, group in enumerate(groups):
-        codes[:, j::count] = group[0]
-    scale, *zero_point = (torch.cat(parts, dim=-1) for parts in list(zip(*groups, strict=True))[1:])
-    return codes, scale, zero_point[0] if zero_point else None
+    columns = [torch.arange(j, w.shape[1], count) for j in range(count)]
+    codes, *rest = _joined([w[:, c] for c in columns], bits, symmetric)
+    return codes[:, torch.cat(columns).argsort()], *rest
 
 
 @per_group.misconception(
@@ -1494,13 +1407,10 @@ def every_nth_weight_is_a_group(w, bits=4, group_size=64, symmetric=True):
     "its own."
 )
 def one_scale_for_the_row(w, bits=4, group_size=64, symmetric=True):
-    w = require_matrix(w, "w")
-    require_int(group_size, "group_size", 1)
-    quantize = quantize_symmetric if symmetric else quantize_asymmetric
-    codes, scale, *zero_point = quantize(w, bits, dim=-1)
+    w = _checked(w, group_size)
+    codes, scale, zero_point = _joined([w], bits, symmetric)
     count = -(-w.shape[1] // group_size)
-    scale = scale.repeat(1, count)
-    return codes, scale, zero_point[0].repeat(1, count) if zero_point else None
+    return codes, scale.repeat(1, count), None if symmetric else zero_point.repeat(1, count)
 
 
 @per_group.misconception(
@@ -1508,20 +1418,11 @@ def one_scale_for_the_row(w, bits=4, group_size=64, symmetric=True):
     "weights are never quantized. The rest is a group too, a shorter one."
 )
 def drops_the_ragged_tail(w, bits=4, group_size=64, symmetric=True):
-    w = require_matrix(w, "w")
-    require_bits(bits)
-    require_int(group_size, "group_size", 1)
-    quantize = quantize_symmetric if symmetric else quantize_asymmetric
-    codes = torch.zeros(w.shape, dtype=torch.int8 if symmetric else torch.uint8)
+    w = _checked(w, group_size)
+    codes, scale, zero_point = _joined(w.split(group_size, dim=-1), bits, symmetric)
     count = w.shape[1] // group_size
-    scale = torch.ones(len(w), count)
-    zero_point = torch.zeros(len(w), count, dtype=torch.int32)
-    for j in range(count):
-        columns = slice(j * group_size, (j + 1) * group_size)
-        codes[:, columns], step, *zero = quantize(w[:, columns], bits, dim=-1)
-        scale[:, j : j + 1] = step
-        zero_point[:, j : j + 1] = zero[0] if zero else 0
-    return codes, scale, None if symmetric else zero_point
+    codes[:, count * group_size :] = 0
+    return codes, scale[:, :count], None if symmetric else zero_point[:, :count]
 
 
 @per_group.misconception(
@@ -1529,66 +1430,46 @@ def drops_the_ragged_tail(w, bits=4, group_size=64, symmetric=True):
     "too. The last group is simply shorter."
 )
 def last_group_borrows_from_the_one_before(w, bits=4, group_size=64, symmetric=True):
-    w = require_matrix(w, "w")
-    require_int(group_size, "group_size", 1)
-    quantize = quantize_symmetric if symmetric else quantize_asymmetric
-    parts: list[list[Tensor]] = [[], [], []]
-    for start in range(0, w.shape[1], group_size):
-        length = min(group_size, w.shape[1] - start)
-        window = w[:, max(0, start + length - group_size) : start + length]
-        codes, *rest = quantize(window, bits, dim=-1)
-        for part, value in zip(parts, [codes[:, -length:], *rest], strict=False):
-            part.append(value)
-    codes, scale = torch.cat(parts[0], 1), torch.cat(parts[1], 1)
-    return codes, scale, torch.cat(parts[2], 1) if parts[2] else None
+    w = _checked(w, group_size)
+    *groups, last = w.split(group_size, dim=-1)
+    codes, *rest = _joined([*groups, w[:, -group_size:]], bits, symmetric)
+    kept, tail = len(groups) * group_size, last.shape[1]
+    return torch.cat([codes[:, :kept], codes[:, -tail:]], dim=-1), *rest
 
 
 @per_group.misconception(
     "Your scale keeps a dimension of size 1 behind the groups. It should be [out, groups]."
 )
 def scale_keeps_a_dimension_too_many(w, bits=4, group_size=64, symmetric=True):
-    w = require_matrix(w, "w")
-    require_int(group_size, "group_size", 1)
-    quantize = quantize_symmetric if symmetric else quantize_asymmetric
-    groups = [quantize(group, bits, dim=-1) for group in w.split(group_size, dim=-1)]
-    codes = torch.cat([group[0] for group in groups], dim=1)
-    scale, *zero_point = (
-        torch.stack(parts, dim=1) for parts in list(zip(*groups, strict=True))[1:]
-    )
-    return codes, scale, zero_point[0] if zero_point else None
+    w = _checked(w, group_size)
+    codes, scale, zero_point = _joined(w.split(group_size, dim=-1), bits, symmetric)
+    return codes, scale[..., None], None if symmetric else zero_point[..., None]
 
 
 @per_group.accepts("padded with zeros, reshaped to [out, groups, g], cut off again; float64")
 def pads_and_reshapes(w, bits=4, group_size=64, symmetric=True):
-    if w.dim() != 2 or w.numel() == 0 or not w.isfinite().all() or group_size < 1:
-        raise ValueError("w must be a finite matrix with elements, group_size at least 1")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be between 2 and 8, got {bits}")
-    rows, columns = w.shape
+    rows, columns = _checked(w, group_size).shape
+    require_bits(bits)
     # Zeros change neither a largest magnitude nor a range that contains 0.
     padded = torch.nn.functional.pad(w.double(), (0, -columns % group_size))
     groups = padded.reshape(rows, -1, group_size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if symmetric:
-        scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 1)
+        largest, span = 2 ** (bits - 1) - 1, torch.maximum(-low, high)
     else:
-        scale = (high - low) / (2**bits - 1)
-    scale[scale == 0] = 1
+        largest, span = 2**bits - 1, high - low
+    scale = torch.where(span == 0, 1.0, span / largest)
     zero_point = torch.zeros_like(scale) if symmetric else (-low / scale).round()
     codes = (groups / scale[..., None]).round() + zero_point[..., None]
-    if not symmetric:
-        codes = codes.clamp(0, 2**bits - 1)
-    codes = codes.reshape(rows, -1)[:, :columns]
+    codes = codes.clamp(-largest if symmetric else 0, largest).reshape(rows, -1)[:, :columns]
     return codes.to(torch.int16), scale, None if symmetric else zero_point.to(torch.int16)
 
 
 @per_group.accepts("Python loops, one group at a time, in NumPy")
 def loops_over_groups(w, bits=4, group_size=64, symmetric=True):
-    values = w.detach().double().numpy()
-    if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
-        raise ValueError("w must be a finite matrix with elements")
-    if group_size < 1 or bits < 2 or bits > 8:
-        raise ValueError("group_size or bits out of range")
+    values = _checked(w, group_size).double().numpy()
+    largest = 2 ** (require_bits(bits) - int(symmetric)) - 1
+    lowest = -largest if symmetric else 0
     rows, columns = values.shape
     count = math.ceil(columns / group_size)
     codes = np.zeros((rows, columns), dtype=np.int64)
@@ -1596,19 +1477,11 @@ def loops_over_groups(w, bits=4, group_size=64, symmetric=True):
     for i in range(rows):
         for j in range(count):
             cut = slice(j * group_size, (j + 1) * group_size)
-            group = values[i, cut]
-            low, high = min(group.min(), 0), max(group.max(), 0)
-            if symmetric:
-                step = max(-low, high) / (2 ** (bits - 1) - 1)
-            else:
-                step = (high - low) / (2**bits - 1)
-            step = step or 1.0
-            scale[i, j] = step
-            if not symmetric:
-                zero_point[i, j] = round(-low / step)
-            codes[i, cut] = np.rint(group / step) + zero_point[i, j]
-            if not symmetric:
-                codes[i, cut] = np.clip(codes[i, cut], 0, 2**bits - 1)
+            low, high = min(values[i, cut].min(), 0), max(values[i, cut].max(), 0)
+            scale[i, j] = (max(-low, high) if symmetric else high - low) / largest or 1.0
+            zero_point[i, j] = 0 if symmetric else round(-low / scale[i, j])
+            stretched = np.rint(values[i, cut] / scale[i, j]) + zero_point[i, j]
+            codes[i, cut] = np.clip(stretched, lowest, largest)
     return codes, scale, None if symmetric else zero_point
 
 
@@ -1736,15 +1609,27 @@ def what_cannot_be_clipped_is_refused(candidate, bad):
     expect_error(candidate, ValueError, *bad)
 
 
+def _least(x, bits, steps, error, rising=False):
+    """clip_by_mse, with the error left open: error(x, x_hat, alpha)."""
+    x = require_finite(x, "x")
+    require_int(steps, "steps", 1)
+    absmax = x.abs().max().item()
+    alphas = [absmax * k / steps for k in range(1, steps + 1)]
+
+    def judged(alpha):
+        return error(x, dequantize(*quantize_symmetric(x, bits, clip=alpha)), alpha)
+
+    return min(alphas if rising else reversed(alphas), key=judged)
+
+
 @clipping.misconception(
     "You always return the largest magnitude: nothing is ever clipped. With few bits a smaller "
     "threshold often has the smaller error."
 )
 def never_clips(x, bits, steps=100):
-    absmax = require_finite(x, "x").abs().max().item()
     require_bits(bits)
     require_int(steps, "steps", 1)
-    return absmax
+    return require_finite(x, "x").abs().max().item()
 
 
 @clipping.misconception(
@@ -1752,14 +1637,8 @@ def never_clips(x, bits, steps=100):
     "multiply the two."
 )
 def returns_the_share(x, bits, steps=100):
-    absmax = require_finite(x, "x").abs().max().item()
-    require_int(steps, "steps", 1)
-
-    def error(k):
-        return mse(x, dequantize(*quantize_symmetric(x, bits, clip=absmax * k / steps)))
-
-    best = min(range(steps, 0, -1), key=error)
-    return best / steps if absmax else 0.0
+    alpha = _least(x, bits, steps, lambda x, x_hat, alpha: mse(x, x_hat))
+    return alpha / x.abs().max().item() if alpha else 0.0
 
 
 @clipping.misconception(
@@ -1767,14 +1646,7 @@ def returns_the_share(x, bits, steps=100):
     "asked for."
 )
 def minimizes_the_largest_error(x, bits, steps=100):
-    x = require_finite(x, "x")
-    absmax = x.abs().max().item()
-    require_int(steps, "steps", 1)
-
-    def error(alpha):
-        return (x - dequantize(*quantize_symmetric(x, bits, clip=alpha))).abs().max().item()
-
-    return min((absmax * k / steps for k in range(steps, 0, -1)), key=error)
+    return _least(x, bits, steps, lambda x, x_hat, alpha: (x - x_hat).abs().max())
 
 
 @clipping.misconception(
@@ -1782,14 +1654,7 @@ def minimizes_the_largest_error(x, bits, steps=100):
     "and so it clips too much."
 )
 def minimizes_the_absolute_error(x, bits, steps=100):
-    x = require_finite(x, "x")
-    absmax = x.abs().max().item()
-    require_int(steps, "steps", 1)
-
-    def error(alpha):
-        return (x - dequantize(*quantize_symmetric(x, bits, clip=alpha))).abs().mean().item()
-
-    return min((absmax * k / steps for k in range(steps, 0, -1)), key=error)
+    return _least(x, bits, steps, lambda x, x_hat, alpha: (x - x_hat).abs().mean())
 
 
 @clipping.misconception(
@@ -1797,14 +1662,7 @@ def minimizes_the_absolute_error(x, bits, steps=100):
     "back. Take the largest, which clips least."
 )
 def takes_the_smallest_of_equals(x, bits, steps=100):
-    x = require_finite(x, "x")
-    absmax = x.abs().max().item()
-    require_int(steps, "steps", 1)
-
-    def error(alpha):
-        return mse(x, dequantize(*quantize_symmetric(x, bits, clip=alpha)))
-
-    return min((absmax * k / steps for k in range(1, steps + 1)), key=error)
+    return _least(x, bits, steps, lambda x, x_hat, alpha: mse(x, x_hat), rising=True)
 
 
 @clipping.misconception(
@@ -1812,15 +1670,10 @@ def takes_the_smallest_of_equals(x, bits, steps=100):
     "What lies beyond the threshold pays for the finer step."
 )
 def looks_only_inside_the_threshold(x, bits, steps=100):
-    x = require_finite(x, "x")
-    absmax = x.abs().max().item()
-    require_int(steps, "steps", 1)
+    def error(x, x_hat, alpha):
+        return ((x - x_hat).square() * (x.abs() <= alpha)).mean()
 
-    def error(alpha):
-        x_hat = dequantize(*quantize_symmetric(x, bits, clip=alpha))
-        return ((x - x_hat).square() * (x.abs() <= alpha)).mean().item()
-
-    return min((absmax * k / steps for k in range(steps, 0, -1)), key=error)
+    return _least(x, bits, steps, error)
 
 
 @clipping.accepts("all thresholds at once, in float64 NumPy")
@@ -1866,7 +1719,7 @@ int8_matmul = Exercise(
     minutes=10,
 )
 
-ONE_SCALE = torch.tensor(1.0)
+CODES, ONE_SCALE = torch.ones(2, 3, dtype=torch.int8), torch.tensor(1.0)
 
 
 @st.composite
@@ -1966,30 +1819,10 @@ def large_products_cancel_without_a_trace(candidate, arguments):
     examples=20,
     bad=st.sampled_from(
         [
-            (
-                torch.ones(2, 3).to(torch.int8),
-                ONE_SCALE,
-                torch.ones(2, 1).to(torch.int8),
-                ONE_SCALE,
-            ),
-            (
-                torch.ones(2, 3).to(torch.int8),
-                torch.ones(2),
-                torch.ones(2, 3).to(torch.int8),
-                ONE_SCALE,
-            ),
-            (
-                torch.ones(2, 3).to(torch.int8),
-                ONE_SCALE,
-                torch.ones(2, 3).to(torch.int8),
-                torch.ones(1, 2),
-            ),
-            (
-                torch.ones(2, 3).to(torch.int8),
-                ONE_SCALE,
-                torch.ones(2, 3).to(torch.int8),
-                torch.tensor(math.nan),
-            ),
+            (CODES, ONE_SCALE, CODES[:, :1], ONE_SCALE),
+            (CODES, torch.ones(2), CODES, ONE_SCALE),
+            (CODES, ONE_SCALE, CODES, torch.ones(1, 2)),
+            (CODES, ONE_SCALE, CODES, torch.tensor(math.nan)),
         ]
     ),
 )
@@ -1999,14 +1832,19 @@ def what_does_not_fit_is_refused(candidate, bad):
     expect_error(candidate, ValueError, *bad)
 
 
+def _columns(x_codes, x_scale, w_codes, w_scale):
+    """Both scales as columns, after a look at all four arguments."""
+    require_int8_matrices(x_codes, w_codes)
+    x_scale = require_row_scale(x_scale, x_codes, "x_scale")
+    return x_scale, require_row_scale(w_scale, w_codes, "w_scale")
+
+
 @int8_matmul.misconception(
     "You multiply and add in int8, which ends at 127: the sums wrap around. The products need a "
     "wider type before they are made."
 )
 def accumulates_in_int8(x_codes, x_scale, w_codes, w_scale):
-    require_int8_matrices(x_codes, w_codes)
-    x_scale = require_row_scale(x_scale, x_codes, "x_scale")
-    w_scale = require_row_scale(w_scale, w_codes, "w_scale")
+    x_scale, w_scale = _columns(x_codes, x_scale, w_codes, w_scale)
     return (x_codes @ w_codes.T) * (x_scale * w_scale.T)
 
 
@@ -2015,9 +1853,7 @@ def accumulates_in_int8(x_codes, x_scale, w_codes, w_scale):
     "int32."
 )
 def accumulates_in_float16(x_codes, x_scale, w_codes, w_scale):
-    require_int8_matrices(x_codes, w_codes)
-    x_scale = require_row_scale(x_scale, x_codes, "x_scale")
-    w_scale = require_row_scale(w_scale, w_codes, "w_scale")
+    x_scale, w_scale = _columns(x_codes, x_scale, w_codes, w_scale)
     return (x_codes.half() @ w_codes.half().T) * (x_scale * w_scale.T)
 
 
@@ -2025,9 +1861,7 @@ def accumulates_in_float16(x_codes, x_scale, w_codes, w_scale):
     "You rescale by the scale of the activations only. The weights were divided by theirs, too."
 )
 def forgets_the_scale_of_the_weights(x_codes, x_scale, w_codes, w_scale):
-    require_int8_matrices(x_codes, w_codes)
-    x_scale = require_row_scale(x_scale, x_codes, "x_scale")
-    require_row_scale(w_scale, w_codes, "w_scale")
+    x_scale, _ = _columns(x_codes, x_scale, w_codes, w_scale)
     return (x_codes.int() @ w_codes.int().T) * x_scale
 
 
@@ -2035,9 +1869,7 @@ def forgets_the_scale_of_the_weights(x_codes, x_scale, w_codes, w_scale):
     "You add the two scales. Each product is (s_x q_x)(s_w q_w): the scales multiply."
 )
 def adds_the_scales(x_codes, x_scale, w_codes, w_scale):
-    require_int8_matrices(x_codes, w_codes)
-    x_scale = require_row_scale(x_scale, x_codes, "x_scale")
-    w_scale = require_row_scale(w_scale, w_codes, "w_scale")
+    x_scale, w_scale = _columns(x_codes, x_scale, w_codes, w_scale)
     return (x_codes.int() @ w_codes.int().T) * (x_scale + w_scale.T)
 
 
@@ -2046,9 +1878,7 @@ def adds_the_scales(x_codes, x_scale, w_codes, w_scale):
     "column [tokens, 1] already broadcasts over them as it is."
 )
 def token_scale_along_the_outputs(x_codes, x_scale, w_codes, w_scale):
-    require_int8_matrices(x_codes, w_codes)
-    x_scale = require_row_scale(x_scale, x_codes, "x_scale")
-    w_scale = require_row_scale(w_scale, w_codes, "w_scale")
+    x_scale, w_scale = _columns(x_codes, x_scale, w_codes, w_scale)
     return (x_codes.int() @ w_codes.int().T) * (x_scale.T * w_scale.T)
 
 
@@ -2057,9 +1887,7 @@ def token_scale_along_the_outputs(x_codes, x_scale, w_codes, w_scale):
     "the output channels. Its values belong to the columns of the result."
 )
 def weight_scale_not_transposed(x_codes, x_scale, w_codes, w_scale):
-    require_int8_matrices(x_codes, w_codes)
-    x_scale = require_row_scale(x_scale, x_codes, "x_scale")
-    w_scale = require_row_scale(w_scale, w_codes, "w_scale")
+    x_scale, w_scale = _columns(x_codes, x_scale, w_codes, w_scale)
     return (x_codes.int() @ w_codes.int().T) * x_scale * w_scale
 
 
@@ -2068,49 +1896,24 @@ def weight_scale_not_transposed(x_codes, x_scale, w_codes, w_scale):
     "every product is rounded, and none of it runs on integer hardware."
 )
 def dequantizes_first(x_codes, x_scale, w_codes, w_scale):
-    require_int8_matrices(x_codes, w_codes)
-    x_scale = require_row_scale(x_scale, x_codes, "x_scale")
-    w_scale = require_row_scale(w_scale, w_codes, "w_scale")
+    x_scale, w_scale = _columns(x_codes, x_scale, w_codes, w_scale)
     return (x_codes * x_scale) @ (w_codes * w_scale).T
 
 
 @int8_matmul.accepts("Python integers, one entry of the result at a time")
 def sums_python_integers(x_codes, x_scale, w_codes, w_scale):
-    rows, columns = x_codes.tolist(), w_codes.tolist()
-
-    def listed(scale, count):
-        if not scale.isfinite().all():
-            raise ValueError("a scale is not finite")
-        if scale.dim() == 0:
-            return [scale.item()] * count
-        if tuple(scale.shape) != (count, 1):
-            raise ValueError(f"a scale has shape {tuple(scale.shape)}")
-        return scale.flatten().tolist()
-
-    sx, sw = listed(x_scale, len(rows)), listed(w_scale, len(columns))
-    return torch.tensor(
-        [
-            [
-                sx[t] * sw[o] * sum(a * b for a, b in zip(rows[t], columns[o], strict=True))
-                for o in range(len(columns))
-            ]
-            for t in range(len(rows))
-        ]
-    )
+    x_scale, w_scale = _columns(x_codes, x_scale, w_codes, w_scale)
+    y = (x_scale * w_scale.T).expand(len(x_codes), len(w_codes)).clone()
+    for t, row in enumerate(x_codes.tolist()):
+        for o, column in enumerate(w_codes.tolist()):
+            y[t, o] *= sum(a * b for a, b in zip(row, column, strict=True))
+    return y
 
 
 @int8_matmul.accepts("einsum over int64 in NumPy, the scales one after the other")
 def numpy_einsum(x_codes, x_scale, w_codes, w_scale):
-    if x_codes.shape[1] != w_codes.shape[1]:
-        raise ValueError("X and W disagree on in")
-    for scale, codes in ((x_scale, x_codes), (w_scale, w_codes)):
-        if scale.dim() and scale.shape != (len(codes), 1):
-            raise ValueError("a scale has the wrong shape")
-        if not np.isfinite(scale.numpy()).all():
-            raise ValueError("a scale is not finite")
-    sums = np.einsum(
-        "ti,oi->to", x_codes.numpy().astype(np.int64), w_codes.numpy().astype(np.int64)
-    )
+    x_scale, w_scale = _columns(x_codes, x_scale, w_codes, w_scale)
+    sums = np.einsum("ti,oi->to", x_codes.long().numpy(), w_codes.long().numpy())
     return sums * x_scale.double().numpy() * w_scale.double().numpy().T
 
 
@@ -2186,8 +1989,7 @@ def two_codes_of_4_bits_share_a_byte(candidate, pairs, dtype):
 def a_code_may_cross_from_one_byte_to_the_next(candidate, drawn):
     """Bit k of code i is bit i bits + k of the stream, and bit t of the stream is bit t mod 8 of
     byte t // 8, at any width."""
-    codes, bits = drawn
-    expect_bytes(candidate(codes, bits), packed_rows(codes, bits))
+    expect_bytes(candidate(*drawn), packed_rows(*drawn))
 
 
 @packing.check(
@@ -2197,8 +1999,7 @@ def a_code_may_cross_from_one_byte_to_the_next(candidate, drawn):
 )
 def negative_codes_are_stored_as_twos_complement(candidate, drawn):
     """A negative code c is stored as c + 2^bits, in bits bits, and never touches its neighbours."""
-    codes, bits = drawn
-    expect_bytes(candidate(codes, bits), packed_rows(codes, bits))
+    expect_bytes(candidate(*drawn), packed_rows(*drawn))
 
 
 @packing.check(
@@ -2210,8 +2011,7 @@ def negative_codes_are_stored_as_twos_complement(candidate, drawn):
 def every_row_starts_on_a_byte(candidate, drawn):
     """Each row is packed by itself into ceil(n bits / 8) bytes, and the bits left over at the end
     of its last byte are 0."""
-    codes, bits = drawn
-    expect_bytes(candidate(codes, bits), packed_rows(codes, bits))
+    expect_bytes(candidate(*drawn), packed_rows(*drawn))
 
 
 @packing.check(
@@ -2251,17 +2051,26 @@ def codes_that_do_not_fit_are_refused(candidate, bad):
     expect_error(candidate, ValueError, *bad)
 
 
+def _stream(codes, bits, highest_first=False):
+    """The bits of each row of codes, one code after the other."""
+    codes = require_packable(codes, bits).long()
+    stream = (codes.unsqueeze(-1) >> torch.arange(bits)) & 1
+    return (stream.flip(-1) if highest_first else stream).flatten(-2)
+
+
+def _octets(stream, highest_first=False):
+    """Bytes from the bits of each row, with zeros after the last."""
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    stream = stream.flip(-1) if highest_first else stream
+    return (stream << torch.arange(8)).sum(-1).to(torch.uint8)
+
+
 @packing.misconception(
     "You put the first code into the upper half of a byte. Here the stream starts with the lowest "
     "bit, so the first code comes to lie lowest."
 )
 def first_code_highest(codes, bits):
-    codes = require_packable(codes, bits).long()
-    weights_ = torch.arange(bits - 1, -1, -1)
-    stream = ((codes.unsqueeze(-1) >> weights_) & 1).flatten(-2)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8))
-    octets = stream.unflatten(-1, (-1, 8)) << torch.arange(7, -1, -1)
-    return octets.sum(-1).to(torch.uint8)
+    return _octets(_stream(codes, bits, highest_first=True), highest_first=True)
 
 
 @packing.misconception(
@@ -2269,11 +2078,7 @@ def first_code_highest(codes, bits):
     "highest."
 )
 def highest_bit_of_a_code_first(codes, bits):
-    codes = require_packable(codes, bits).long()
-    stream = ((codes.unsqueeze(-1) >> torch.arange(bits - 1, -1, -1)) & 1).flatten(-2)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8))
-    octets = stream.unflatten(-1, (-1, 8)) << torch.arange(8)
-    return octets.sum(-1).to(torch.uint8)
+    return _octets(_stream(codes, bits, highest_first=True))
 
 
 @packing.misconception(
@@ -2296,11 +2101,8 @@ def sign_bits_not_masked(codes, bits):
     "Your zero bits come before the codes of a row. They fill up what is left over at its end."
 )
 def pads_at_the_front(codes, bits):
-    codes = require_packable(codes, bits).long()
-    stream = ((codes.unsqueeze(-1) >> torch.arange(bits)) & 1).flatten(-2)
-    stream = torch.nn.functional.pad(stream, (-stream.shape[-1] % 8, 0))
-    octets = stream.unflatten(-1, (-1, 8)) << torch.arange(8)
-    return octets.sum(-1).to(torch.uint8)
+    stream = _stream(codes, bits)
+    return _octets(torch.nn.functional.pad(stream, (-stream.shape[-1] % 8, 0)))
 
 
 @packing.misconception(
@@ -2308,12 +2110,8 @@ def pads_at_the_front(codes, bits):
     "crosses a byte. That is quicker to read, but the bits you meant to save are gone."
 )
 def pads_codes_to_4_or_8_bits(codes, bits):
-    codes = require_packable(codes, bits).long() & (2**bits - 1)
-    room = next(width for width in (2, 4, 8) if width >= bits)
-    stream = ((codes.unsqueeze(-1) >> torch.arange(room)) & 1).flatten(-2)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8))
-    octets = stream.unflatten(-1, (-1, 8)) << torch.arange(8)
-    return octets.sum(-1).to(torch.uint8)
+    codes = require_packable(codes, bits) & (2**bits - 1)
+    return _octets(_stream(codes, next(room for room in (2, 4, 8) if room >= bits)))
 
 
 @packing.misconception(
@@ -2321,21 +2119,13 @@ def pads_codes_to_4_or_8_bits(codes, bits):
     "own, so it starts on a byte."
 )
 def rows_share_bytes(codes, bits):
-    shape = codes.shape
-    codes = require_packable(codes, bits).long()
-    stream = ((codes.unsqueeze(-1) >> torch.arange(bits)) & 1).flatten()
-    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8))
-    packed = (stream.reshape(-1, 8) << torch.arange(8)).sum(-1).to(torch.uint8)
-    return packed.reshape(*shape[:-1], -1) if shape[-1] * bits % 8 == 0 else packed
+    packed = _octets(_stream(codes, bits).flatten())
+    return packed.reshape(*codes.shape[:-1], -1) if codes.shape[-1] * bits % 8 == 0 else packed
 
 
 @packing.accepts("one Python integer of any length for each row")
 def one_long_integer(codes, bits):
-    if bits not in range(2, 9) or codes.dim() == 0:
-        raise ValueError("bits must be 2 to 8, and codes have a dimension")
-    low, high = int(codes.min()), int(codes.max())
-    if low < -(2 ** (bits - 1)) or high >= 2 ** (bits - (low < 0)):
-        raise ValueError(f"codes from {low} to {high} do not fit in {bits} bits")
+    require_packable(codes, bits)
     rows = []
     for row in codes.reshape(-1, codes.shape[-1]).tolist():
         text = "".join(f"{code % 2**bits:0{bits}b}" for code in reversed(row))
@@ -2345,25 +2135,15 @@ def one_long_integer(codes, bits):
 
 @packing.accepts("NumPy's packbits with little bit order")
 def numpy_packbits(codes, bits):
-    values = codes.numpy().astype(np.int64)
-    if not 2 <= bits <= 8 or values.ndim == 0:
-        raise ValueError("bits must be 2 to 8, and codes have a dimension")
-    if values.min() < -(1 << (bits - 1)) or values.max() >= 1 << (bits - int(values.min() < 0)):
-        raise ValueError("a code does not fit")
-    octets = (values & 255).astype(np.uint8)[..., None]
+    octets = require_packable(codes, bits).numpy()[..., None]
     stream = np.unpackbits(octets, axis=-1, bitorder="little")[..., :bits]
-    stream = stream.reshape(*values.shape[:-1], -1)
+    stream = stream.reshape(*codes.shape[:-1], -1)
     return np.packbits(stream, axis=-1, bitorder="little")
 
 
 @packing.accepts("byte by byte, carrying what does not fit")
 def carries_from_byte_to_byte(codes, bits):
-    if bits < 2 or bits > 8 or codes.ndim == 0:
-        raise ValueError("no such width, or no row")
-    low, high = codes.min().item(), codes.max().item()
-    signed = low >= -(2 ** (bits - 1)) and high < 2 ** (bits - 1)
-    if not signed and not 0 <= low <= high < 2**bits:
-        raise ValueError("a code does not fit")
+    require_packable(codes, bits)
     packed = []
     for row in codes.reshape(-1, codes.shape[-1]).tolist():
         pending, held, octets = 0, 0, []

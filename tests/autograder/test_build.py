@@ -344,7 +344,7 @@ def test_a_solution_cell_imports_every_name_it_uses(name):
     source = builder._solution_cell(exercises()[name]).source
     names: dict = {}
     exec(source, names)
-    assert builder._global_names(source) - names.keys() - set(dir(builtins)) == set()
+    assert builder.global_names(source) - names.keys() - set(dir(builtins)) == set()
 
 
 @pytest.mark.parametrize("lab", LABS, ids=lambda lab: lab.name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import nbformat
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ from autograder.exercise import Exercise, exercises, find
 from autograder.judge import judge
 from autograder.report import read_class, verdicts
 from autograder.verdict import Verdict
+from fewer.quantization import quantize_symmetric
 
 ROOT = Path(__file__).parents[2]
 LAB = "lab1_quantization"
@@ -171,3 +173,17 @@ def test_a_function_written_into_a_cell_does_what_it_did_in_the_checks(kind: str
         assert not (cell.keys() & exercises().keys()) - {exercise.name}
         typed = judge(exercise, Local(cell[exercise.name]), explain=False)
         assert typed == judge(exercise, Local(function), explain=False)
+
+
+def test_a_variant_that_calls_the_reference_becomes_a_cell_that_ends() -> None:
+    exercise = find("quantize_symmetric")
+
+    def doubles_the_scale(x, bits=8, dim=None, clip=None):  # type: ignore[no-untyped-def]
+        codes, scale = quantize_symmetric(x, bits, dim, clip)
+        return codes, scale * 2
+
+    scope: dict[str, Any] = {}
+    exec(as_cell(exercise, doubles_the_scale), scope)
+    codes, scale = scope["quantize_symmetric"](torch.tensor([1.0, -7.0]), bits=4)
+    assert codes.tolist() == [1, -7]
+    assert scale.item() == 2.0
