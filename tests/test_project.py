@@ -13,7 +13,8 @@ import fewer
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "lib" / "fewer").rglob("*.py"))
-GROUND = {"models", "data", "evaluate", "plots"}  # what every topic may build on
+# What every topic may build on.
+GROUND = {"models", "data", "evaluate", "plots", "sizes", "validate"}
 
 
 def makefile_targets():
