@@ -9,6 +9,7 @@ digits, so that a counter-example can be read and typed in again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,3 +136,13 @@ def integer_tensors(
     if edges:
         x = np.where(rng.random(shape) < 0.4, rng.choice([low, high], size=shape), x)
     return arrange(torch.from_numpy(np.asarray(x)).to(dtype), layout)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were drawn; those that are None are left to the function's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def nonzero(*args: Any, **kwargs: Any) -> st.SearchStrategy[Tensor]:
+    """`tensors` that are not zero everywhere."""
+    return tensors(*args, **kwargs).filter(lambda x: bool(x.any()))

@@ -34,7 +34,7 @@ from autograder.compare import (
     expect_shape,
 )
 from autograder.exercise import Exercise
-from autograder.strategies import integer_tensors, shapes, tensors
+from autograder.strategies import given, integer_tensors, nonzero, shapes, tensors
 from fewer.quantization import (
     clip_by_mse,
     decode_minifloat,
@@ -67,16 +67,6 @@ ONE = 1.0 + 1e-3  # the nearest code or its neighbour
 # Why two mutants of the uniform quantizers change nothing:
 SMALLEST = "differs only where a scale is exactly 2^-126, the smallest normal float32"
 NO_CLAMP = "-lo / scale lies between 0 and the largest code by itself"
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were drawn; those that are None are left to the function's defaults."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def nonzero(*args: Any, **kwargs: Any) -> st.SearchStrategy[Tensor]:
-    """`tensors` that are not zero everywhere."""
-    return tensors(*args, **kwargs).filter(lambda x: bool(x.any()))
 
 
 @st.composite
