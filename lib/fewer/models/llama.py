@@ -173,7 +173,7 @@ class Attention(nn.Module):
         repeats = [1] * (visible.ndim - 2) + [group, 1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.repeat(repeats))
         return self.o_proj(
-            out.view(batch, -1, new, head_dim).transpose(1, 2).reshape(batch, new, -1)
+            out.reshape(batch, -1, new, head_dim).transpose(1, 2).reshape(batch, new, -1)
         )
 
 

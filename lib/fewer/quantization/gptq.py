@@ -20,7 +20,12 @@ from torch import Tensor
 from fewer.models import inverse_cholesky
 from fewer.quantization.granularity import quantize_per_group
 from fewer.quantization.uniform import dequantize
-from fewer.quantization.validate import require_int, require_matrix
+from fewer.quantization.validate import (
+    require_bits,
+    require_int,
+    require_matrix,
+    require_same_shape,
+)
 
 
 def quantize_to_grid(
@@ -42,12 +47,17 @@ def quantize_to_grid(
 
     Returns:
         uint8 with a zero-point, else int8; the shape of x. The types and ranges are those of
-        `quantize_asymmetric` and `quantize_symmetric`.
+        `quantize_asymmetric` and `quantize_symmetric`, and so are the ties: to the even integer.
+
+    Raises:
+        TypeError: bits is not an int.
+        ValueError: bits out of range.
 
     Example:
         >>> quantize_to_grid(torch.tensor([-9.0, 0.4, 3.4]), torch.tensor(0.5), None, 4).tolist()
         [-7, 1, 7]
     """
+    require_bits(bits)
     if zero_point is None:
         largest = 2 ** (bits - 1) - 1
         return torch.round(x / scale).clamp(-largest, largest).to(torch.int8)
@@ -67,10 +77,15 @@ def gptq_block(
 
         q_j = round W_j to its grid,     e_j = (W_j - q_j) / U_jj,     W_j+1: -= e_j U_j,j+1:
 
+    q_j is in the unit of W: the real number that the code of `quantize_to_grid` stands for, as
+    `dequantize` gives it.
+
     Args:
-        w: the block's weights, after the updates of all blocks before. Not modified.
-        u: U of these columns, upper triangular (the diagonal block of the layer's U).
-        scale: the step of every weight; columns may differ (groups).
+        w: the block's weights, after the updates of all blocks before; float32 or float64. Not
+            modified.
+        u: U of these columns, upper triangular with a positive diagonal (the diagonal block of the
+            layer's U), in the type of w.
+        scale: the step of every weight, one for each of them; columns may differ (groups).
         zero_point: the same for the zero-points, or None for symmetric codes.
         bits: 2 to 8.
 
@@ -79,12 +94,22 @@ def gptq_block(
         errors: [out, columns], the e_j. The columns after the block change by -errors @ U[block,
             after].
 
+    Raises:
+        TypeError: bits is not an int.
+        ValueError: u is not [columns, columns], scale or zero_point has another shape than w, or
+            bits is out of range.
+
     Example:
         >>> w, u = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, -1.0], [0.0, 1.0]])
         >>> codes, errors = gptq_block(w, u, torch.ones(1, 2), None, bits=4)
         >>> codes.tolist()  # the second weight takes over what the first lost, and rounds up
         [[0, 1]]
     """
+    if u.shape != (w.shape[1], w.shape[1]):
+        raise ValueError(f"u must be [columns, columns] = {[w.shape[1]] * 2}, got {[*u.shape]}")
+    require_same_shape(w, scale, "w and scale")
+    if zero_point is not None:
+        require_same_shape(w, zero_point, "w and zero_point")
     w, codes, errors = w.clone(), [], torch.zeros_like(w)
     for j in range(w.shape[1]):
         zero = None if zero_point is None else zero_point[:, j]

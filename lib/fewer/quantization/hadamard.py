@@ -126,8 +126,9 @@ def hadamard_matrix(n: int) -> Float[Tensor, "n n"]:
 def fwht(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
     """The fast Walsh-Hadamard transform: x H_n / sqrt(n) along the last dimension, without H_n.
 
-    With n = 2^k m, x is cut into 2^k blocks of m values. Each block is multiplied by the small H_m;
-    then k rounds of butterflies replace two blocks (a, b), 1, 2, 4, ... blocks apart, by
+    H_n is `hadamard_matrix(n)`. With n = 2^k m (m from `hadamard_factor`), x is cut into 2^k blocks
+    of m values. Each block is multiplied by the small H_m (`paley_matrix`; nothing to do for
+    m = 1); then k rounds of butterflies replace two blocks (a, b), 1, 2, 4, ... blocks apart, by
     (a + b, a - b). A row costs n k additions in the butterflies and n (m - 1) in the factor, where
     a product with H_n costs n (n - 1): for 1536 = 128 * 12, 18 n in place of 1535 n.
 

@@ -42,8 +42,9 @@ def round_to_nearest(
 ) -> tuple[Float[Tensor, "out in"], list[Tensor]]:
     """The scheme to beat: each weight goes to the nearest code, whatever the layer's inputs are.
 
-    Scales are kept in float16 and the weight is restored with the rounded ones, so what is computed
-    is what is stored.
+    Codes, scales and zero-points are those of `quantize_per_group`. Scales are then kept in float16
+    and the weight is restored with the rounded ones, so what is computed is what is stored. Codes
+    and zero-points are stored by `pack_codes`.
 
     Args:
         w: [out, in], any floating type, finite, not empty. It is not modified.
@@ -53,12 +54,13 @@ def round_to_nearest(
 
     Returns:
         w_hat: [out, in], float32 (float64 for a float64 w).
-        stored: the packed codes (uint8), the scales (float16) and, if not symmetric, the packed
-            zero-points (uint8).
+        stored: a list of the packed codes (uint8, [out, ceil(in * bits / 8)]), the scales (float16,
+            [out, groups]) and, if not symmetric, the packed zero-points (uint8,
+            [out, ceil(groups * bits / 8)]).
 
     Raises:
         TypeError, ValueError: as `quantize_per_group`; and ValueError where a scale does not fit in
-            float16.
+            float16, in which it would be infinite or zero.
 
     Example:
         >>> import torch

@@ -125,12 +125,13 @@ def fold_scales(
         consumers: the weights of *all* layers that read X, each [out, in] with an `out` of its own.
 
     Returns:
-        The new producer, X_j now X_j / s_j, and the new consumers in the same order. The arguments
-        are not modified.
+        The new producer, X_j now X_j / s_j, and a list of the new consumers in the same order, so
+        that what the consumers compute is what it was. float32 (float64 where an argument is). The
+        arguments are not modified.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: s is not positive and finite, or a shape does not fit.
+        ValueError: s is not positive, an argument holds NaN or infinity, or a shape does not fit.
 
     Example:
         >>> s, norm, w = torch.tensor([4.0, 0.5]), torch.ones(2), torch.ones(1, 2)

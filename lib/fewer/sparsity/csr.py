@@ -21,23 +21,23 @@ from fewer.sparsity.validate import require_dims, require_floating, require_int
 
 
 def encode_csr(
-    w: Float[Tensor, "out in"], index_dtype: torch.dtype = torch.int32
+    w: Float[Tensor, "out in"], index_bits: int = 32
 ) -> tuple[Float[Tensor, "nnz"], Int[Tensor, "nnz"], Int32[Tensor, "pointers"]]:
     """Store a matrix as compressed sparse rows.
 
     Args:
         w: [out, in], any floating type. What is not 0 is stored, NaN too; -0.0 is a zero.
-        index_dtype: the type of the columns: torch.int32, or int16 (up to 32768 columns) or uint8
-            (up to 256).
+        index_bits: 32, 16 (up to 32768 columns) or 8 (up to 256), the size of a column's number.
 
     Returns:
         values: [nnz], the type of w, row by row, from left to right.
-        columns: [nnz], index_dtype.
-        row_pointers: [out + 1], int32, from 0 to nnz; an empty row has two equal ones.
+        columns: [nnz], the column of each value: int32, int16 or uint8, as index_bits says.
+        row_pointers: [out + 1], int32, from 0 to nnz. The values of row r are those from
+            row_pointers[r] up to, and without, row_pointers[r + 1]: none where the two are equal.
 
     Raises:
         TypeError: w is not a floating-point tensor.
-        ValueError: w is not a matrix; its columns cannot be numbered by index_dtype.
+        ValueError: w is not a matrix; index_bits is none of these, or too few for the columns.
 
     Example:
         >>> values, columns, row_pointers = encode_csr(torch.tensor([[0.0, 5.0], [0.0, 0.0]]))
@@ -45,8 +45,12 @@ def encode_csr(
         ([5.0], [1], [0, 1, 1])
     """
     require_dims(require_floating(w, "w"), 2, "w")
+    index_dtypes = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+    if index_bits not in index_dtypes:
+        raise ValueError(f"index_bits must be 8, 16 or 32, got {index_bits}")
+    index_dtype = index_dtypes[index_bits]
     if w.shape[1] - 1 > torch.iinfo(index_dtype).max:
-        raise ValueError(f"index_dtype must number {w.shape[1]} columns, got {index_dtype}")
+        raise ValueError(f"index_bits must number {w.shape[1]} columns, got {index_bits}")
     rows, columns = w.nonzero(as_tuple=True)
     ends = (w != 0).sum(dim=1).cumsum(dim=0)
     row_pointers = torch.cat([ends.new_zeros(1), ends])

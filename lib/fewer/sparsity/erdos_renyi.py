@@ -52,6 +52,7 @@ def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]
         r_l = sum(shape) / prod(shape),    d_l = min(1, epsilon r_l)
 
     with the one epsilon for which sum d_l N_l = (1 - S) sum N_l, N_l = prod(shape).
+    `capped_densities` finds it.
 
     Args:
         shapes: one shape a layer, at least one, of any number of dimensions and in any order of

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fewer.sparsity.magnitude import number_kept, top_k_mask
-from fewer.sparsity.validate import require_scores
+from fewer.sparsity.validate import require_layers
 
 
 def global_masks(
@@ -28,7 +28,8 @@ def global_masks(
         sparsity: share to prune of all weights together, 0 to 1.
 
     Returns:
-        name -> bool mask, in the same order; `number_kept(total, sparsity)` True in all.
+        name -> bool mask of the layer's shape, in the same order; in all masks together
+        `number_kept(total, sparsity)` are True.
 
     Raises:
         TypeError: scores is not a dict, or a layer's are not a floating-point tensor.
@@ -40,13 +41,8 @@ def global_masks(
         >>> masks["first"].tolist(), masks["second"].tolist()
         ([True, True, False], [[False], [False]])
     """
-    if not isinstance(scores, dict):
-        raise TypeError(f"scores must be a dict of tensors by name, got {type(scores).__name__}")
-    if not scores:
-        raise ValueError("scores must hold at least one layer, got none")
-    flat = torch.cat(
-        [require_scores(x, f"scores[{name!r}]").flatten() for name, x in scores.items()]
-    )
+    scores = require_layers(scores)
+    flat = torch.cat([x.flatten() for x in scores.values()])
     mask = top_k_mask(flat, number_kept(flat.numel(), sparsity))
     parts = mask.split([x.numel() for x in scores.values()])
     return {

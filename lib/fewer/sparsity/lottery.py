@@ -42,7 +42,8 @@ def prune_surviving(
             to the nearest. The first paper takes 0.2 a round.
 
     Returns:
-        One new mask a layer; nothing comes back that was pruned before.
+        One new mask a layer, with exactly that number fewer True in all (which of equal magnitudes
+        go is left open). Nothing comes back that was pruned before.
 
     Raises:
         TypeError: a mask is not a boolean tensor.

@@ -80,8 +80,8 @@ def threshold_mask(w: Float[Tensor, "*shape"], threshold: float) -> Bool[Tensor,
 def top_k_mask(scores: Float[Tensor, "*shape"], k: int) -> Bool[Tensor, "*shape"]:
     """Keep exactly the k largest scores of the whole tensor.
 
-    Where scores tie for the last places, those stored first (row by row) are kept. The k-th largest
-    score is found by selection, in O(n): sorting would need O(n log n).
+    Where scores tie for the last places, those stored first (row by row) are kept. Sorting will do,
+    in O(n log n); the k-th largest score alone can be found by selection, in O(n).
 
     Args:
         scores: any shape, any floating type; infinite scores are allowed, NaN is not. The sign

@@ -64,11 +64,14 @@ def rigl_update(
 ) -> Bool[Tensor, "*shape"]:
     """One update of RigL: drop the fraction of smallest magnitude, grow by gradient magnitude.
 
+    k connections are dropped, those of smallest |theta|. Then, of all places that are now empty,
+    the k with the largest |gradient| are connected.
+
     Args:
         weight: theta, any floating type, finite.
         mask: True where a connection is, the shape of weight. It is not modified.
         gradient: dL/dtheta of the dense layer, for every place, the shape of weight, finite.
-        fraction: f(t), of the connections, in [0, 1]; their number is rounded down.
+        fraction: f(t), of the connections, in [0, 1]; their number k is rounded down.
 
     Returns:
         A new mask with exactly as many True. What was just dropped may be grown again.

@@ -25,6 +25,8 @@ from fewer.sparsity.validate import require_int, require_mask, require_number, r
 def cubic_sparsity(step: float, begin: float, end: float, initial: float, final: float) -> float:
     """The sparsity that the cubic schedule asks for at a step.
 
+    s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n Delta_t))^3 while t goes from t_0 to t_0 + n Delta_t.
+
     Args:
         step: the training step t, any number.
         begin: t_0; up to this step the sparsity is `initial`.
@@ -33,12 +35,12 @@ def cubic_sparsity(step: float, begin: float, end: float, initial: float, final:
         final: s_f, from `initial` to 1.
 
     Returns:
-        the sparsity, exactly `initial` at begin and exactly `final` at end.
+        the sparsity s_t, from `initial` (at begin and before) to `final` (at end and after).
 
     Raises:
         TypeError: an argument is not a number.
-        ValueError: end is not above begin; initial or final is out of range; initial is above
-            final.
+        ValueError: an argument is NaN or infinite; end is not above begin; initial or final is out
+            of range; initial is above final.
 
     Example:
         >>> [round(cubic_sparsity(step, 0, 100, 0.0, 0.9), 4) for step in (0, 25, 50, 75, 100, 125)]

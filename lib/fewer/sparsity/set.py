@@ -45,7 +45,8 @@ def drop_smallest(
         count: k, between 0 and the number of connections.
 
     Returns:
-        A new mask with exactly `count` fewer True, all of them True in `mask`.
+        A new mask with exactly `count` fewer True, all of them True in `mask`. Which of equal
+        magnitudes go is left open.
 
     Raises:
         TypeError: mask is not a boolean tensor, or count is not an int.

@@ -38,9 +38,12 @@ def sparsegpt_block(
 ) -> tuple[Float[Tensor, "out columns"], Float[Tensor, "out columns"]]:
     """Prune a block of columns from left to right, each loss passed on to the columns after it.
 
-    Unstructured, the mask is chosen once for the block, by S over all its rows and columns
-    together. N:M, it is chosen for m columns at a time when the walk reaches them, within each row,
-    from the weights as they are by then.
+    The weights of least S_ij = W_ij^2 / U_jj^2 are pruned. Unstructured, the mask is chosen once for
+    the block, over all its rows and columns together. N:M, it is chosen for m columns at a time
+    when the walk reaches them, within each row, from the weights as they are by then.
+
+    Column j = 0, 1, ... loses W_j where it is pruned. Its error e_j is W_j / U_jj there, and 0
+    elsewhere; the columns after it become W_j+1: - e_j U_j,j+1:.
 
     Args:
         w: the block's weights, after the updates of all blocks before. Not modified.
@@ -53,6 +56,9 @@ def sparsegpt_block(
         errors: [out, columns], the e_j. The columns after the block change by -errors @ U[block,
             after].
 
+    Raises:
+        ValueError: sparsity out of range; n out of range, or columns no multiple of m.
+
     Example:
         >>> w, u = torch.tensor([[1.0, 4.0]]), torch.tensor([[1.0, -1.0], [0.0, 1.0]])
         >>> pruned, errors = sparsegpt_block(w, u, sparsity=0.5)
@@ -60,15 +66,14 @@ def sparsegpt_block(
         [[0.0, 5.0]]
     """
     w, errors, diagonal = w.clone(), torch.zeros_like(w), u.diagonal()
-    n, m = n_m or (0, w.shape[1])
     if n_m is None:
         keep = top_k_mask((w / diagonal).square(), number_kept(w.numel(), sparsity))
     else:
-        keep = torch.ones_like(w, dtype=torch.bool)
+        keep = torch.empty_like(w, dtype=torch.bool)  # filled group by group
     for j in range(w.shape[1]):
-        if n_m is not None and j % m == 0:
-            scores = (w[:, j : j + m] / diagonal[j : j + m]).square()
-            keep[:, j : j + m] = n_m_mask(scores, n, m)
+        if n_m is not None and j % n_m[1] == 0:
+            group = slice(j, j + n_m[1])
+            keep[:, group] = n_m_mask((w[:, group] / diagonal[group]).square(), *n_m)
         errors[:, j] = torch.where(keep[:, j], 0.0, w[:, j] / u[j, j])
         w[:, j + 1 :] -= torch.outer(errors[:, j], u[j, j + 1 :])
     return torch.where(keep, w, 0.0), errors

@@ -54,10 +54,11 @@ def n_m_mask(scores: Float[Tensor, "*rows in"], n: int, m: int) -> Bool[Tensor, 
         tensor([[1, 0, 1, 0, 1, 0, 0, 1]], dtype=torch.int32)
     """
     require_int(n, "n", 0, require_int(m, "m", 1))
-    if require_scores(scores).ndim == 0:
+    scores = require_scores(scores)
+    if scores.ndim == 0:
         raise ValueError("scores must have at least one dimension, got a 0-d tensor")
     groups = require_groups(scores.shape[-1], m, "the last dimension of scores")
-    scores = require_scores(scores).unflatten(-1, (groups, m))
+    scores = scores.unflatten(-1, (groups, m))
     kept = scores.argsort(dim=-1, descending=True, stable=True)[..., :n]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True).flatten(-2)
 

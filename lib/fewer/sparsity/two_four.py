@@ -26,14 +26,17 @@ def encode_2_4(
 ) -> tuple[Float[Tensor, "out half"], UInt8[Tensor, "out row_bytes"]]:
     """Store a 2:4 sparse matrix as half of its values and their places.
 
+    A place is the index of a value within its group of four, 0 to 3. The two of a group rise; a
+    group with fewer than two non-zeros stores zeros too, each with the first place that is free.
+
     Args:
         w: [out, in], any floating type, in a multiple of 4, at most two non-zeros in a group of
             four (prune with `n_m_mask(scores, 2, 4)` first). -0.0 is a zero.
 
     Returns:
         values: [out, in / 2], the type of w.
-        indices: uint8, [out, ceil(in / 8)]: 2 bits a value, the first in the lowest bits; in a
-            row's last byte, bits left over are 0.
+        indices: uint8, [out, ceil(in / 8)]: the places, 2 bits each and four to a byte, the first
+            in the lowest bits (`pack_bits` does that); in a row's last byte, bits left over are 0.
 
     Raises:
         TypeError: w is not a floating-point tensor.

@@ -34,6 +34,20 @@ def require_scores(scores: Tensor, name: str = "scores") -> Float[Tensor, "*shap
     return scores
 
 
+def require_layers(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `scores`, of one or more layers by name, each as `require_scores` returns it.
+
+    Raises:
+        TypeError: not a dict, or a layer's scores are not a tensor of a floating type.
+        ValueError: no layer, or a layer's scores hold NaN.
+    """
+    if not isinstance(scores, dict):
+        raise TypeError(f"scores must be a dict of tensors by name, got {type(scores).__name__}")
+    if not scores:
+        raise ValueError("scores must hold at least one layer, got none")
+    return {name: require_scores(x, f"scores[{name!r}]") for name, x in scores.items()}
+
+
 def require_finite(x: Tensor, name: str) -> Float[Tensor, "*shape"]:
     """Return `x` as `require_floating` does, if it holds neither NaN nor infinity.
 

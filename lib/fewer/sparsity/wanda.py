@@ -25,11 +25,12 @@ from fewer.sparsity.validate import require_dims, require_finite
 def wanda_scores(
     w: Float[Tensor, "out in"], x: Float[Tensor, "*batch in"]
 ) -> Float[Tensor, "out in"]:
-    """S_ij = |W_ij| * ||X_j||_2.
+    """S_ij = |W_ij| * ||X_j||_2, where X_j is input j on all the tokens of x.
 
     Args:
         w: [out, in], any floating type, finite.
-        x: the layer's inputs, any number of leading dimensions (they are all tokens), finite.
+        x: the layer's inputs, any number of leading dimensions (they are all tokens; with none, x
+            is one token), finite.
 
     Returns:
         [out, in], float32 (float64 if w or x is), not negative.
@@ -48,7 +49,7 @@ def wanda_scores(
         raise ValueError(
             f"x must have {w.shape[1]} features for w {tuple(w.shape)}, got shape {tuple(x.shape)}"
         )
-    return w.abs() * torch.linalg.vector_norm(x.flatten(0, -2), dim=0)
+    return w.abs() * torch.linalg.vector_norm(x.reshape(-1, w.shape[1]), dim=0)
 
 
 def wanda_mask(
