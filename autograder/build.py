@@ -235,6 +235,7 @@ def _build_cell(
         raise LabError(f"a cell has at most one tag, got {', '.join(tags)}")
     tag = tags[0] if tags else ""
     known = {"tags", "id", "points"} if tag == "written" else {"tags"}
+    known |= {"lines_to_next_cell"}  # jupytext notes where a cell ends in more or fewer blank lines
     if unknown := sorted(cell.metadata.keys() - known):
         raise LabError(f"unknown option {unknown[0]!r}")
     if tag and cell.cell_type != ("markdown" if tag == "written" else "code"):

@@ -130,8 +130,9 @@ def as_double(value: Any) -> Tensor:
 def like(value: Any, model: Any, where: str = "the result") -> Any:
     """``value`` in the form of ``model`` (what the reference returned), kindly converted.
 
-    Tuples and lists are the same, NumPy values become tensors or numbers, a number stands for a 0-d
-    tensor and the reverse. Anything else is a `Mismatch` that says what was expected.
+    Tuples, named ones too, and lists are the same, NumPy values become tensors or numbers, a number
+    stands for a 0-d tensor and the reverse. Anything else is a `Mismatch` that says what was
+    expected.
     """
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value.copy())
@@ -159,7 +160,7 @@ def like(value: Any, model: Any, where: str = "the result") -> Any:
                 like(v, m, f"part {i + 1} of {where}")
                 for i, (v, m) in enumerate(zip(value, model, strict=True))
             ]
-            return type(model)(parts)
+            return type(model)(*parts) if hasattr(model, "_fields") else type(model)(parts)
     elif isinstance(model, dict) and isinstance(value, dict) and value.keys() == model.keys():
         return {key: like(value[key], model[key], f"{where}[{key!r}]") for key in model}
     raise Mismatch(f"{where} is {describe(value)}, expected {describe(model)}")

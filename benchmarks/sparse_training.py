@@ -204,7 +204,8 @@ def main(
         "results": rows,
     }
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"sparse_training_{data}_{now:%Y%m%d_%H%M%S}.json"
+    units = hidden.replace(",", "-")
+    path = out / f"sparse_training_{data}_{now:%Y%m%d_%H%M%S}_{units}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print_table(rows, levels, f"{data}, {'-'.join(map(str, widths))}, {steps} steps, {seeds} seeds")
     print_order(rows, levels)

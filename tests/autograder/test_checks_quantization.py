@@ -1,5 +1,4 @@
-"""The exercises of lab 1 tell right from wrong: all correct styles pass, every known mistake is
-caught and named, and what the student reads is fit to be read."""
+"""What is special to the exercises of lab 1; what holds for all is in test_every_exercise.py."""
 
 import math
 import re
@@ -22,16 +21,6 @@ from fewer.quantization import (
     sqnr,
 )
 
-LAB = [e for e in exercises().values() if e.topic == "quantization"]
-NAMES = [e.name for e in LAB]
-
-
-def every(part):
-    """All misconceptions or variants, each with its exercise, as test parameters."""
-    return [
-        pytest.param(e, item, id=f"{e.name}-{item.name}") for e in LAB for item in getattr(e, part)
-    ]
-
 
 @pytest.fixture(autouse=True)
 def short_search(monkeypatch):
@@ -42,93 +31,6 @@ def short_search(monkeypatch):
 def points_of(exercise, function, seed=0):
     verdict = judge(exercise, Local(function), seed, explain=False)
     return {result.check: result.earned for result in verdict.results}
-
-
-def test_the_lab_has_its_eight_exercises_in_order():
-    assert NAMES == [
-        "decode_minifloat",
-        "quantize_symmetric",
-        "quantize_asymmetric",
-        "sqnr",
-        "quantize_per_group",
-        "clip_by_mse",
-        "matmul_int8",
-        "pack_codes",
-    ]
-
-
-@pytest.mark.parametrize("exercise", LAB, ids=NAMES)
-def test_an_exercise_is_of_the_agreed_size(exercise):
-    assert 5 <= exercise.points <= 10
-    assert 3 <= len(exercise.checks) <= 6
-    assert all(1 <= check.points <= 3 for check in exercise.checks)
-    assert len(exercise.misconceptions) >= 3
-    assert exercise.variants
-
-
-@pytest.mark.parametrize("exercise", LAB, ids=NAMES)
-def test_the_reference_gets_full_points(exercise):
-    for seed in (0, 1):
-        verdict = judge(exercise, Local(exercise.reference), seed)
-        assert verdict.passed, str(verdict)
-
-
-@pytest.mark.parametrize(("exercise", "variant"), every("variants"))
-def test_a_correct_variant_gets_full_points(exercise, variant):
-    for seed in (0, 1):
-        verdict = judge(exercise, Local(variant.function), seed)
-        assert verdict.passed, str(verdict)
-
-
-@pytest.mark.parametrize(("exercise", "misconception"), every("misconceptions"))
-def test_a_misconception_is_caught_and_called_by_its_name(exercise, misconception):
-    verdict = judge(exercise, Local(misconception.function), seed=1)
-    failed = [result for result in verdict.results if result.status == "failed"]
-    assert failed, "no check fails"
-    assert {result.misconception for result in failed} == {misconception.name}
-    assert verdict.first_failure.diagnosis == misconception.says
-
-
-@pytest.mark.parametrize(("exercise", "misconception"), every("misconceptions"))
-def test_a_misconception_keeps_the_points_it_has_nothing_to_do_with(exercise, misconception):
-    earned = points_of(exercise, misconception.function)
-    assert earned[exercise.checks[-1].name] == 1, "bad input is refused all the same"
-    assert sum(earned.values()) < exercise.points
-
-
-@pytest.mark.parametrize("exercise", LAB, ids=NAMES)
-def test_the_verdict_shows_the_call_the_result_and_the_hint(exercise):
-    mistake = exercise.misconceptions[0]
-    verdict = judge(exercise, Local(mistake.function))
-    worst = verdict.first_failure
-    assert worst.failure.call.startswith(f"{exercise.name}(")
-    assert worst.failure.got
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", str(verdict)).split())
-    for part in (worst.statement, worst.hint, mistake.says, worst.failure.message):
-        assert " ".join(part.split()) in text
-    assert "when called as:" in text
-    assert "your result:" in text
-
-
-@pytest.mark.parametrize("exercise", LAB, ids=NAMES)
-def test_whatever_a_student_reads_is_whole_sentences(exercise):
-    texts = [check.statement for check in exercise.checks]
-    texts += [check.hint for check in exercise.checks]
-    texts += [misconception.says for misconception in exercise.misconceptions]
-    for text in texts:
-        assert text[0].isupper(), text
-        assert text.endswith((".", "?"))
-        assert "  " not in text
-    assert len(set(texts)) == len(texts)
-
-
-@pytest.mark.parametrize("exercise", LAB, ids=NAMES)
-def test_no_hint_holds_code_of_the_solution(exercise):
-    source = exercise.source()
-    lines = [line.strip() for line in source.split('"""')[-1].splitlines() if len(line.strip()) > 8]
-    for check in exercise.checks:
-        assert not re.search(r"torch\.|\w\(|\.T\b|>>|<<|return ", check.hint), check.hint
-        assert not any(line in check.hint for line in lines)
 
 
 # --- mistakes that are no misconception: nobody would make them, or nobody would need a tutor ----
@@ -233,34 +135,6 @@ UNLISTED = [
 def test_other_wrong_work_fails_too(reference, wrong):
     exercise = exercises()[reference.__name__]
     assert sum(points_of(exercise, wrong).values()) < exercise.points
-
-
-@pytest.mark.parametrize("exercise", LAB, ids=NAMES)
-def test_returning_the_input_or_nothing_earns_nothing_but_pity(exercise):
-    def echo(*args, **kwargs):
-        return args[0]
-
-    def nothing(*args, **kwargs):
-        return None
-
-    for lazy in (echo, nothing):
-        assert sum(points_of(exercise, lazy).values()) <= 1
-
-
-@pytest.mark.parametrize("exercise", LAB, ids=NAMES)
-def test_an_unwritten_stub_is_to_do_and_not_wrong(exercise):
-    def stub(*args, **kwargs):
-        raise NotImplementedError
-
-    assert judge(exercise, Local(stub)).todo
-
-
-@pytest.mark.parametrize("exercise", LAB, ids=NAMES)
-def test_refusing_everything_earns_only_the_refusals(exercise):
-    def refuses(*args, **kwargs):
-        raise ValueError("no")
-
-    assert sum(points_of(exercise, refuses).values()) == exercise.checks[-1].points == 1
 
 
 # --- one mistake costs one check -----------------------------------------------------------------

@@ -156,6 +156,11 @@ def test_the_score_squared_is_what_the_output_loses_with_that_weight_alone():
             assert scores[i, j].item() ** 2 == pytest.approx(lost)
 
 
+def test_a_single_vector_is_a_single_token():
+    w, x = problem(4)
+    assert wanda_scores(w, x[0]).equal(wanda_scores(w, x[:1]))
+
+
 def test_nothing_given_is_modified_and_small_types_are_computed_in_float32():
     w, x = problem(3)
     w, x = w.bfloat16(), x.bfloat16()

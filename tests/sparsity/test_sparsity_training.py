@@ -203,6 +203,15 @@ def test_grown_connections_start_at_zero_with_a_clean_optimizer_state(kind):
         assert optimizer.state[parameter]["step"] == 3
 
 
+def test_random_connections_know_nothing_of_the_weights_of_their_seed():
+    """Drawn from one stream, 5% of the places held weights 1.4 times too large."""
+    widths, seeds = [300, 100], list(range(5))
+    weights = initial_network(widths, seeds).weights[0]
+    connected = weights[random_masks(widths, [1500], seeds)[0]] / math.sqrt(2 / 300)
+    assert connected.std().item() == pytest.approx(1, abs=0.04)  # 7,500 weights: error .008
+    assert (connected.abs() < 0.1).float().mean().item() == pytest.approx(0.0797, abs=0.016)
+
+
 def test_growing_at_zero_leaves_the_function_as_it_is():
     network = initial_network([6, 8, 3], [0])
     masks = random_masks([6, 8, 3], [20, 12], [0])

@@ -25,10 +25,11 @@ from fewer.sparsity.validate import require_int, require_mask, require_number, r
 def cubic_sparsity(step: float, begin: float, end: float, initial: float, final: float) -> float:
     """The sparsity that the cubic schedule asks for at a step.
 
-    s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n Delta_t))^3 while t goes from t_0 to t_0 + n Delta_t.
+    s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n Delta_t))^3, while t goes from t_0 to
+    t_0 + n Delta_t.
 
     Args:
-        step: the training step t, any number.
+        step: the training step t, any number that is finite.
         begin: t_0; up to this step the sparsity is `initial`.
         end: t_0 + n Delta_t, above begin; from this step on the sparsity is `final`.
         initial: s_i, 0 to 1.

@@ -80,12 +80,15 @@ def random_masks(
 ) -> list[Bool[Tensor, "seeds out in"]]:
     """Random connections for every seed's network, exactly `connections[l]` of them in layer l.
 
+    They are independent of the weights that `initial_network` draws with the same seed.
+
     Example:
         >>> [mask.sum((1, 2)).tolist() for mask in random_masks([4, 8, 2], [5, 3], seeds=[0, 1])]
         [[5, 5], [3, 3]]
     """
     shapes = [(n_out, n_in) for n_in, n_out in pairwise(widths)]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # From the same stream as the weights, the masks would keep the weights of certain sizes.
+    generators = [torch.Generator().manual_seed(100 + seed) for seed in seeds]
     return [
         torch.stack([random_mask(shape, count, generator) for generator in generators])
         for shape, count in zip(shapes, connections, strict=True)

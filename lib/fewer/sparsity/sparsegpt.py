@@ -38,8 +38,8 @@ def sparsegpt_block(
 ) -> tuple[Float[Tensor, "out columns"], Float[Tensor, "out columns"]]:
     """Prune a block of columns from left to right, each loss passed on to the columns after it.
 
-    The weights of least S_ij = W_ij^2 / U_jj^2 are pruned. Unstructured, the mask is chosen once for
-    the block, over all its rows and columns together. N:M, it is chosen for m columns at a time
+    The weights of least S_ij = W_ij^2 / U_jj^2 are pruned. Unstructured, the mask is chosen once
+    for the block, over all its rows and columns together. N:M, it is chosen for m columns at a time
     when the walk reaches them, within each row, from the weights as they are by then.
 
     Column j = 0, 1, ... loses W_j where it is pruned. Its error e_j is W_j / U_jj there, and 0
