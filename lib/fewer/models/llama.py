@@ -251,16 +251,22 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         positions: Int[Tensor, "new"] | None = None,
     ) -> Float[Tensor, "batch new d_model"]:
-        """The normalised output of the last block, from which `logits` reads the next token."""
+        """The normalised output of the last block, from which `logits` reads the next token.
+
+        Whatever stands at `embed_tokens` may return more vectors than it is given tokens: prompt
+        tuning puts p learned ones before them. Positions are then counted from the first of these,
+        and the result has p + new rows. It does so in every call, so such a model reads its texts
+        whole, not bit by bit into a cache. (For `logits` it has to offer a `weight` as well.)
+        """
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(
                 f"tokens must have shape (batch, 1 or more), got {tuple(tokens.shape)}"
             )
         cache = KVCache() if cache is None else cache
+        x = self.embed_tokens(tokens)
         if positions is None:
             start = cache.next_position
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x = self.embed_tokens(tokens)
+            positions = torch.arange(start, start + x.shape[1], device=tokens.device)
         for block in self.layers:
             x = block(x, positions, cache)
         return self.norm(x)
