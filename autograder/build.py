@@ -48,6 +48,7 @@ import builtins
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import symtable
 import sys
@@ -108,7 +109,8 @@ def labs(root: Path) -> list[Lab]:
 
 
 def build(root: Path, check: bool = False) -> list[Path]:
-    """Write every generated file of the course at ``root``: the labs and the README's tables.
+    """Write every generated file of the course at ``root``: the labs, and the tables in the README
+    and in docs/.
 
     Args:
         check: write nothing.
@@ -126,10 +128,11 @@ def build(root: Path, check: bool = False) -> list[Path]:
     sources = [(lab, source_notebook(lab.script)) for lab in labs(root)]
     for lab, source in sources:
         wanted[lab.notebook] = _text(released(source))
-    readme = root / "README.md"
-    if readme.exists():
-        tables = {"exercises": _exercise_table(), "labs": _lab_table(sources)}
-        wanted[readme] = _fill_tables(readme, tables)
+    tables = {"exercises": _exercise_table(sources), "labs": _lab_table(sources)}
+    tables |= _result_tables(root / "benchmarks" / "results")
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        if page.exists():
+            wanted[page] = _fill_tables(page, tables)
 
     stale = [path for path, text in wanted.items() if text is None or not _holds(path, text)]
     for path in [] if check else stale:
@@ -481,14 +484,23 @@ def _dots(exercise: Exercise) -> str:
     return "●" * exercise.difficulty + "○" * (3 - exercise.difficulty)
 
 
-def _exercise_table() -> str:
+def _exercises_of(notebook: NotebookNode) -> list[Exercise]:
+    """The exercises of an instructor's notebook, in its order."""
+    graded = [cell.metadata.get("nbgrader", {}) for cell in notebook.cells]
+    names = [entry["grade_id"] for entry in graded if entry.get("solution")]
+    return [exercises()[name] for name in names if name in exercises()]
+
+
+def _exercise_table(notebooks: Sequence[tuple[Lab, NotebookNode]]) -> str:
     lines = [
-        "| exercise | topic | paper | difficulty | minutes | points |",
+        "| lab | exercise | paper | difficulty | minutes | points |",
         "|---|---|---|---|---|---|",
     ]
-    for name, e in exercises().items():
-        paper = e.paper.replace("|", "\\|")
-        lines.append(f"| `{name}` | {e.topic} | {paper} | {_dots(e)} | {e.minutes} | {e.points} |")
+    for lab, notebook in notebooks:
+        for e in _exercises_of(notebook):
+            paper = e.paper.replace("|", "\\|")
+            about = f"{_dots(e)} | {e.minutes} | {e.points}"
+            lines.append(f"| {lab.number} | `{e.name}` | {paper} | {about} |")
     return "\n".join(lines) + "\n"
 
 
@@ -497,12 +509,30 @@ def _lab_table(notebooks: Sequence[tuple[Lab, NotebookNode]]) -> str:
     for lab, notebook in notebooks:
         graded = [cell.metadata.get("nbgrader", {}) for cell in notebook.cells]
         points = sum(entry["points"] for entry in graded if entry.get("grade"))
-        names = [entry["grade_id"] for entry in graded if entry.get("solution")]
-        coded = [exercises()[name] for name in names if name in exercises()]
+        coded = _exercises_of(notebook)
         minutes = sum(exercise.minutes for exercise in coded)
         link = f"[{lab.title}](labs/{lab.notebook.name})"
         lines.append(f"| {link} | {len(coded)} | {minutes} | {points} |")
     return "\n".join(lines) + "\n"
+
+
+def _result_tables(folder: Path) -> dict[str, str]:
+    """Of each benchmark the newest stored table, by its file's name without the date.
+
+    A benchmark writes <name>_<date>_<time>.json; those with a "table" (a caption, columns, rows of
+    strings) can be shown as ``<!-- generated: <name> -->``.
+    """
+    tables = {}
+    for path in sorted(folder.glob("*.json")):  # the newest comes last
+        result = json.loads(path.read_text("utf-8"))
+        if "table" in result:
+            table = result["table"]
+            rows = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+            cells = ["| " + " | ".join(row) + " |" for row in rows]
+            on = f"Measured on {result['date'][:10]}, {result['device']}"
+            name = re.sub(r"_\d{8}_\d{6}$", "", path.stem)
+            tables[name] = "\n".join([f"{table['caption']}. {on} (`{path.name}`).", "", *cells, ""])
+    return tables
 
 
 def _fill_tables(path: Path, tables: dict[str, str]) -> str:

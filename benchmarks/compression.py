@@ -418,10 +418,11 @@ def main(
         },
         "results": rows,
     }
+    result["table"] = tabulated(result)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"compression_smollm2_{now:%Y%m%d_%H%M%S}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print_compression(result)
+    print_compression(result["table"])
     print_published_order(rows)
     stored = sorted((Path(__file__).parent / "results").glob("sparse_training_*.json"))
     for file in stored[-1:]:
@@ -436,26 +437,36 @@ def main(
     print(f"Written: {path}")
 
 
-def print_compression(result: dict) -> None:
+def tabulated(result: dict) -> dict:
+    """The table of a result: a caption, the columns' names, and rows of strings."""
     on = result["settings"]
-    table = Table(
-        title=f"{on['model']}: {on['tokens']:,} tokens of {on['evaluation']}, context = stride = "
-        f"{on['context']}; {on['calibration_tokens']:,} calibration tokens of other addresses"
-    )
-    for name in ("method", "setting"):
-        table.add_column(name)
-    for name in ("perplexity", "bits a weight", "zeros", "seconds"):
-        table.add_column(name, justify="right")
-    for row in result["results"]:
-        table.add_row(
-            row["method"],
-            row["setting"],
-            f"{row['perplexity']:,.2f}",
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['sparsity']:.1%}",
-            f"{row['seconds']:.1f}",
-        )
-    Console(width=120).print(table)
+    return {
+        "caption": f"{on['model']}: {on['tokens']:,} tokens of {on['evaluation']}, "
+        f"context = stride = {on['context']}; "
+        f"{on['calibration_tokens']:,} calibration tokens of other addresses; "
+        f"seconds of one core with {on['jobs']} at work",
+        "columns": ["method", "setting", "perplexity", "bits a weight", "zeros", "seconds"],
+        "rows": [
+            [
+                row["method"],
+                row["setting"],
+                f"{row['perplexity']:,.2f}",
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['sparsity']:.1%}",
+                f"{row['seconds']:.0f}",
+            ]
+            for row in result["results"]
+        ],
+    }
+
+
+def print_compression(table: dict) -> None:
+    shown = Table(title=table["caption"])
+    for name in table["columns"]:
+        shown.add_column(name, justify="left" if name in ("method", "setting") else "right")
+    for row in table["rows"]:
+        shown.add_row(*row)
+    Console(width=120).print(shown)
 
 
 def print_published_order(rows: list[dict]) -> None:

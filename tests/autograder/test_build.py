@@ -2,6 +2,7 @@
 
 import builtins
 import inspect
+import json
 import math
 import re
 import shutil
@@ -198,9 +199,7 @@ def test_build_writes_labs_and_tables_once_and_check_notices_a_removed_line(tmp_
     assert build(tmp_path) == []
     text = readme.read_text()
     assert "old" not in text
-    assert (
-        "| `clip_by_mse` | quantization | Author 2020 \\| section 2 | ●●○ | 7 | 3 |\n<!-- end -->"
-    ) in text
+    assert ("| 9 | `clip_by_mse` | Author 2020 \\| section 2 | ●●○ | 7 | 3 |\n<!-- end -->") in text
     assert (
         "| [Lab 9. Everything at once](labs/lab9_all.ipynb) | 2 | 14 | 10 |\n<!-- end -->" in text
     )
@@ -305,6 +304,29 @@ def test_an_exercise_without_checks_is_refused(tmp_path, few_exercises):
 
 
 @pytest.mark.usefixtures("few_exercises")
+def test_a_page_of_docs_shows_the_newest_stored_result(tmp_path):
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    page.write_text("# A\n<!-- generated: speed_of_things -->\n<!-- end -->\n")
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for day, speed in (("20260103", "new"), ("20251230", "old")):
+        stored = {
+            "date": f"{day[:4]}-{day[4:6]}-{day[6:]}T01:02:03",
+            "device": "A Machine",
+            "table": {"caption": "Speeds", "columns": ["a", "b"], "rows": [["x", speed]]},
+        }
+        (results / f"speed_of_things_{day}_010203.json").write_text(json.dumps(stored))
+    (results / "without_a_table_20270101_000000.json").write_text("{}")
+    assert build(tmp_path, check=True) == [page]
+    build(tmp_path)
+    assert page.read_text() == (
+        "# A\n<!-- generated: speed_of_things -->\n"
+        "Speeds. Measured on 2026-01-03, A Machine (`speed_of_things_20260103_010203.json`).\n\n"
+        "| a | b |\n| --- | --- |\n| x | new |\n<!-- end -->\n"
+    )
+
+
 def test_a_table_without_an_end_or_of_an_unknown_name_is_refused(tmp_path):
     author(tmp_path, HEAD)
     readme = tmp_path / "README.md"
