@@ -226,7 +226,9 @@ def main(
     body: str = typer.Option("minilm", help="minilm or smollm2"),
     task: str = typer.Option("era", help="era or party"),
     methods: str = typer.Option("", help="which, such as lora-r8,full; all by default"),
-    lrs: str = typer.Option("3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1", help="learning rates to try"),
+    lrs: str = typer.Option(
+        "3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1", help="learning rates to try"
+    ),
     seeds: int = typer.Option(5, min=1, help="of the test at the best rate"),
     steps: int = typer.Option(300, min=1),
     batch: int = typer.Option(16, min=1, help="passages a step"),
