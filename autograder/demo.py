@@ -249,7 +249,7 @@ def as_cell(exercise: Exercise, function: Callable[..., Any]) -> str:
     """Source that defines ``function`` under the exercise's name, with all it needs.
 
     References of exercises are imported inside the function: at a notebook's top level they would
-    overwrite what the student wrote for those exercises.
+    overwrite what the student wrote for those exercises. So its defaults cannot use them.
 
     Raises:
         ValueError: if ``function`` uses a global that cannot be written down.
@@ -286,7 +286,8 @@ def as_cell(exercise: Exercise, function: Callable[..., Any]) -> str:
             elif isinstance(value, torch.Tensor):
                 head.update({"import torch as torch": None, "from math import inf, nan": None})
                 below[f"{name} = torch.tensor({value.tolist()})"] = None
-            elif isinstance(value, int | float | str | tuple):
+            elif isinstance(value, int | float | str | tuple | list | dict):
+                head["import torch as torch"] = None  # there may be types among its items
                 below[f"{name} = {value!r}"] = None
             else:
                 raise ValueError(f"{function.__name__} uses {name}, which cannot be written down")

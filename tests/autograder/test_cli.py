@@ -128,7 +128,7 @@ MISTAKES = {
     "grade two --lab lab3": "--lab must be one of lab1_small, lab2_large, got 'lab3'",
     "report two": "FOLDER must be a course folder with autograded/ in it, got two",
     "report graded": "course must be a folder with a gradebook.db, got graded",
-    "kill-table nothing": "no exercise is called 'nothing'; there are: decode_minifloat",
+    "kill-table nothing": "no exercise is called 'nothing'; there are: ",
     "kill-table --seeds 0": "seeds must be at least 1, got 0",
     "demo --folder full": "--folder must be new or empty, and full holds other things",
 }
