@@ -13,13 +13,20 @@ gradient of V' (equation 11 in place of 6) loses its projection, and training ne
 """
 
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewer.peft.attach import Wrap
-from fewer.peft.lora import lora_merge, lora_output, lora_start, same_linear, targets_and_seeds
+from fewer.peft.lora import (
+    LowRankLinear,
+    lora_merge,
+    lora_output,
+    same_linear,
+    targets_and_seeds,
+)
 
 
 def row_norm(W: Float[Tensor, "out in"]) -> Float[Tensor, "out"]:
@@ -99,7 +106,7 @@ def dora_weight(
     return scale[:, None] * lora_merge(W, A, B, alpha)
 
 
-class DoRALinear(nn.Module):
+class DoRALinear(LowRankLinear):
     """A frozen linear layer whose weight is used as W' = m V' / ||V'||; m, A and B are trained.
 
     It trains r (out + in) + out numbers. Arguments are those of `LoRALinear`, and `detach_norm` of
@@ -119,12 +126,9 @@ class DoRALinear(nn.Module):
         seed: int = 0,
         detach_norm: bool = True,
     ) -> None:
-        super().__init__()
-        self.base, self.alpha, self.detach_norm = base, alpha, detach_norm
-        weight: Tensor = base.weight  # type: ignore[assignment]
-        A, B = lora_start(weight.detach(), rank, seed)
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.m = nn.Parameter(row_norm(weight.detach()))
+        super().__init__(base, rank, alpha, seed)
+        self.detach_norm = detach_norm
+        self.m = nn.Parameter(row_norm(self.frozen))
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """y = W' x + b, without a W' that would have to be kept for the backward pass.
@@ -132,8 +136,7 @@ class DoRALinear(nn.Module):
         Written as the base's own output and a change, y0 + (c - 1) (y0 - b) + c s B A x with
         c = m / ||V'||, so that c = 1 and B = 0 leave every bit as it was.
         """
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        scale = dora_scale(weight, self.A, self.B, self.m, self.alpha, self.detach_norm)
+        scale = dora_scale(self.frozen, self.A, self.B, self.m, self.alpha, self.detach_norm)
         y = self.base(x)
         product = y if self.base.bias is None else y - self.base.bias
         return y + (scale - 1) * product + scale * lora_output(x, self.A, self.B, self.alpha)
@@ -141,8 +144,8 @@ class DoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A linear layer with the weight W'; on a 4-bit base a float layer, as with LoRA."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return same_linear(self.base, dora_weight(weight, self.A, self.B, self.m, self.alpha))
+        weight = dora_weight(self.frozen, self.A, self.B, self.m, self.alpha)
+        return same_linear(self.base, weight)
 
 
 def dora(
@@ -163,7 +166,8 @@ def dora(
         224
     """
 
-    def wrap_with(layer_seed: int) -> Wrap:
-        return lambda module: DoRALinear(module, rank, alpha, layer_seed, detach_norm)
-
-    return {name: wrap_with(own) for name, own in targets_and_seeds(model, targets, seed)}
+    layer = partial(DoRALinear, rank=rank, alpha=alpha, detach_norm=detach_norm)
+    return {
+        name: partial(layer, seed=own)
+        for name, own in targets_and_seeds(model, targets, seed)
+    }

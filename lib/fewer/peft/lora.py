@@ -16,6 +16,7 @@ matrix like W0: merged, LoRA costs nothing at inference.
 
 import math
 from collections.abc import Collection, Iterable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -199,15 +200,39 @@ def same_linear(base: nn.Module, weight: Float[Tensor, "out in"]) -> nn.Linear:
     return linear.train(base.training)
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a trained low-rank change beside it.
+class LowRankLinear(nn.Module):
+    """A frozen linear layer and the factors A and B of a trained change of its weight.
+
+    What LoRA, DoRA and SparsePEFT have in common; what they make of A and B is theirs.
 
     Args:
         base: an `nn.Linear`, or another layer with `in_features`, `out_features`, `weight` and
             `bias`, such as `NF4Linear`. It is not modified.
         rank: r, at least 1.
-        alpha: s = alpha / r (alpha / sqrt(r) if rank_stabilized).
+        alpha: s = alpha / r.
         seed: of A.
+    """
+
+    def __init__(self, base: nn.Module, rank: int = 8, alpha: float = 16.0, seed: int = 0) -> None:
+        super().__init__()
+        self.base, self.alpha = base, alpha
+        A, B = lora_start(self.frozen, rank, seed)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+
+    @property
+    def frozen(self) -> Float[Tensor, "out in"]:
+        """W0, the weight of the base."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+
+class LoRALinear(LowRankLinear):
+    """A frozen linear layer with a trained low-rank change beside it.
+
+    Args:
+        base, rank, alpha, seed: as for `LowRankLinear`.
+        rank_stabilized: s = alpha / sqrt(r).
 
     Example:
         >>> layer = LoRALinear(nn.Linear(4, 3), rank=2)
@@ -223,11 +248,8 @@ class LoRALinear(nn.Module):
         seed: int = 0,
         rank_stabilized: bool = False,
     ) -> None:
-        super().__init__()
-        self.base, self.alpha, self.rank_stabilized = base, alpha, rank_stabilized
-        weight: Tensor = base.weight  # type: ignore[assignment]
-        A, B = lora_start(weight.detach(), rank, seed)
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        super().__init__(base, rank, alpha, seed)
+        self.rank_stabilized = rank_stabilized
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return self.base(x) + lora_output(x, self.A, self.B, self.alpha, self.rank_stabilized)
@@ -239,10 +261,8 @@ class LoRALinear(nn.Module):
         On a 4-bit base this is a float layer: it computes the same, but its weight is no longer
         4-bit. Quantizing it again would change what was learned.
         """
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return same_linear(
-            self.base, lora_merge(weight, self.A, self.B, self.alpha, self.rank_stabilized)
-        )
+        weight = lora_merge(self.frozen, self.A, self.B, self.alpha, self.rank_stabilized)
+        return same_linear(self.base, weight)
 
 
 def targets_and_seeds(
@@ -302,7 +322,8 @@ def lora(
         192
     """
 
-    def wrap_with(layer_seed: int) -> Wrap:
-        return lambda module: LoRALinear(module, rank, alpha, layer_seed, rank_stabilized)
-
-    return {name: wrap_with(own) for name, own in targets_and_seeds(model, targets, seed)}
+    layer = partial(LoRALinear, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)
+    return {
+        name: partial(layer, seed=own)
+        for name, own in targets_and_seeds(model, targets, seed)
+    }

@@ -11,6 +11,7 @@ the [out, in] matrix L has to be formed: LoRA's way through the narrow middle do
 """
 
 from collections.abc import Collection
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fewer.peft.attach import Wrap
-from fewer.peft.lora import lora_delta, lora_start, same_linear, targets_and_seeds
+from fewer.peft.lora import LowRankLinear, lora_delta, same_linear, targets_and_seeds
 
 
 def sparse_peft_delta(
@@ -56,7 +57,7 @@ def sparse_peft_delta(
     return delta * mask
 
 
-class SparsePEFTLinear(nn.Module):
+class SparsePEFTLinear(LowRankLinear):
     """A frozen, pruned linear layer with a low-rank change that is zero where the weight is.
 
     Arguments are those of `LoRALinear`; it trains the same r (out + in) numbers. The mask is read
@@ -71,16 +72,8 @@ class SparsePEFTLinear(nn.Module):
         True
     """
 
-    def __init__(self, base: nn.Module, rank: int = 8, alpha: float = 16.0, seed: int = 0) -> None:
-        super().__init__()
-        self.base, self.alpha = base, alpha
-        weight: Tensor = base.weight  # type: ignore[assignment]
-        A, B = lora_start(weight.detach(), rank, seed)
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-
     def delta(self) -> Float[Tensor, "out in"]:
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return sparse_peft_delta(self.A, self.B, weight != 0, self.alpha)
+        return sparse_peft_delta(self.A, self.B, self.frozen != 0, self.alpha)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return self.base(x) + F.linear(x, self.delta())
@@ -88,8 +81,7 @@ class SparsePEFTLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A linear layer with the weight W + s (B A) * M, which has the zeros of W."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return same_linear(self.base, weight + self.delta())
+        return same_linear(self.base, self.frozen + self.delta())
 
 
 def sparse_peft(
@@ -109,7 +101,7 @@ def sparse_peft(
         192
     """
 
-    def wrap_with(layer_seed: int) -> Wrap:
-        return lambda module: SparsePEFTLinear(module, rank, alpha, layer_seed)
-
-    return {name: wrap_with(own) for name, own in targets_and_seeds(model, targets, seed)}
+    return {
+        name: partial(SparsePEFTLinear, rank=rank, alpha=alpha, seed=own)
+        for name, own in targets_and_seeds(model, targets, seed)
+    }
