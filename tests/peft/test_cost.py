@@ -78,6 +78,13 @@ def test_frozen_layers_keep_fewer_activations():
     assert 0 < kept["lora"] < kept["full"]
 
 
+def test_weights_are_not_counted_among_the_activations():
+    """A frozen layer keeps its weight, for the gradient of its input; it is there anyway."""
+    frozen = nn.Linear(50, 50).requires_grad_(False)
+    x = torch.ones(1, 50, requires_grad=True)
+    assert saved_activation_bytes(lambda: frozen(x).sum(), frozen) == 0
+
+
 def test_each_kept_storage_is_counted_once():
     x = torch.ones(100, requires_grad=True)
     y = x * 2  # one storage, saved three times

@@ -167,7 +167,4 @@ def dora(
     """
 
     layer = partial(DoRALinear, rank=rank, alpha=alpha, detach_norm=detach_norm)
-    return {
-        name: partial(layer, seed=own)
-        for name, own in targets_and_seeds(model, targets, seed)
-    }
+    return {name: partial(layer, seed=own) for name, own in targets_and_seeds(model, targets, seed)}

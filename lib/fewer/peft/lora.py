@@ -323,7 +323,4 @@ def lora(
     """
 
     layer = partial(LoRALinear, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)
-    return {
-        name: partial(layer, seed=own)
-        for name, own in targets_and_seeds(model, targets, seed)
-    }
+    return {name: partial(layer, seed=own) for name, own in targets_and_seeds(model, targets, seed)}
