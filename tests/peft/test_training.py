@@ -78,7 +78,35 @@ def test_nothing_to_do_is_refused():
     model, none = Seen(), torch.zeros(0, 1).long()
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         seen(texts=3, steps=0)
+    with pytest.raises(ValueError, match="max_norm must be above 0, got 0"):
+        seen(texts=3, steps=1, max_norm=0)
     with pytest.raises(ValueError, match="at least one text"):
         fine_tune(model, model.parameters(), none, none[:, 0], steps=1, lr=0.1)
     with pytest.raises(ValueError, match="at least one text"):
         accuracy(model, none, none[:, 0])
+
+
+def test_an_odd_batch_does_not_throw_training_off(monkeypatch):
+    class Loud(nn.Module):
+        """The logits of one of the texts are a thousand times as loud."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2))
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.where(tokens == 0, 1000.0, 1.0) * self.w
+
+    model, found, used = Loud(), [], []
+    model.w.register_post_accumulate_grad_hook(lambda w: found.append(w.grad.norm().item()))
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *a: (used.append(model.w.grad.norm().item()), step(self, *a))[1],  # type: ignore[union-attr]
+    )
+    x, y = torch.arange(8)[:, None], torch.zeros(8).long()
+    fine_tune(model, model.parameters(), x, y, steps=8, lr=1e-6, batch=1, max_norm=1.0)
+    assert max(found) > 500
+    assert min(found) < 1
+    assert used == pytest.approx([min(length, 1.0) for length in found], rel=1e-4)

@@ -151,7 +151,8 @@ def dequantize_blockwise(
         )
     # index_select with int32: a quarter of the time of levels[codes.long()].
     values = levels.to(absmax).index_select(0, codes.flatten().int())
-    return (values * absmax.repeat_interleave(block_size)[: codes.numel()]).view(codes.shape)
+    blocks = F.pad(values, (0, -codes.numel() % block_size)).view(n_blocks, block_size)
+    return (absmax[:, None] * blocks).flatten()[: codes.numel()].view(codes.shape)
 
 
 def double_quantize(
@@ -198,7 +199,7 @@ def undo_double_quantize(
         >>> undo_double_quantize(*double_quantize(torch.tensor([1.0, 2.0, 3.0]))).tolist()
         [1.007, 2.0, 3.0]
     """
-    return dequantize_blockwise(codes, scale, dynamic_levels(), block_size) + mean
+    return dequantize_blockwise(codes, scale, _levels_on(codes.device)[1], block_size) + mean
 
 
 def pack_nibbles(codes: UInt8[Tensor, "*shape"]) -> UInt8[Tensor, "bytes"]:
@@ -264,7 +265,13 @@ def dequantize_nf4(stored: NF4, shape: tuple[int, ...]) -> Float[Tensor, "*shape
     """
     absmax = undo_double_quantize(*stored[1:])
     codes = unpack_nibbles(stored.packed, torch.Size(shape).numel())
-    return dequantize_blockwise(codes, absmax, nf4_levels(), 64).view(shape)
+    return dequantize_blockwise(codes, absmax, _levels_on(codes.device)[0], 64).view(shape)
+
+
+@cache
+def _levels_on(device: torch.device) -> tuple[Float[Tensor, "16"], Float[Tensor, "256"]]:
+    """The levels of NF4 and of its scales: to send them to a GPU takes longer than to use them."""
+    return nf4_levels().to(device), dynamic_levels().to(device)
 
 
 def nf4_bits(block_size: int = 64, scale_block_size: int | None = 256) -> float:

@@ -50,6 +50,7 @@ def fine_tune(
     batch: int = 16,
     warmup: float = 0.1,
     weight_decay: float = 0.0,
+    max_norm: float = 1.0,
     seed: int = 0,
     progress: bool = False,
 ) -> list[float]:
@@ -67,6 +68,8 @@ def fine_tune(
         batch: texts a step; of fewer texts all.
         warmup: the share of the steps in which the learning rate rises to lr.
         weight_decay: of AdamW.
+        max_norm: gradients longer than this, all taken together, are scaled down to it. One odd
+            batch can otherwise throw a run off at a rate that is good for all the others.
         seed: of the order of texts. PyTorch's generator is left alone.
         progress: show a progress bar on stderr.
 
@@ -74,7 +77,7 @@ def fine_tune(
         The loss of each step, in nats.
 
     Raises:
-        ValueError: steps below 1, or no text.
+        ValueError: steps below 1, max_norm not above 0, or no text.
 
     Example:
         >>> head = nn.Sequential(nn.Embedding(4, 2), nn.Flatten(), nn.Linear(2, 2))
@@ -85,6 +88,8 @@ def fine_tune(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be above 0, got {max_norm}")
     if len(x) == 0:
         raise ValueError("x must hold at least one text, got none")
     trained = list(parameters)
@@ -100,6 +105,7 @@ def fine_tune(
         loss = F.cross_entropy(model(x[rows]), y[rows])
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(trained, max_norm)
         optimizer.step()
         losses.append(loss.item())
     return losses
