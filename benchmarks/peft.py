@@ -235,6 +235,17 @@ def probes(setup: Setup) -> list[dict]:
     return rows
 
 
+def resumed(path: Path, setup: Setup) -> list[dict]:
+    """The rows of an earlier result, which must have been measured with the same settings."""
+    earlier = json.loads(path.read_text())
+    for name, value in setup._asdict().items():
+        if earlier["settings"][name] != value:
+            raise typer.BadParameter(
+                f"{path} was measured with --{name} {earlier['settings'][name]}, not {value}"
+            )
+    return earlier["results"]
+
+
 def best_rates(rows: Iterable[dict]) -> dict[str, float]:
     """Of each method the learning rate with the best validation accuracy; of equals the smaller."""
     best: dict[str, float] = {}
@@ -269,6 +280,11 @@ def main(
     data_seed: int = typer.Option(0, help="which addresses are trained, validated and tested on"),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     jobs: int = typer.Option(1, min=1, help="processes side by side"),
+    resume: Path | None = typer.Option(
+        None,
+        exists=True,
+        help="a result of the same settings, perhaps of a run broken off: what it has is kept",
+    ),
     out: Path = typer.Option(Path(__file__).parent / "results", help="folder for the JSON file"),
 ) -> None:
     """Fine-tune with every method, learning rate and seed."""
@@ -280,15 +296,38 @@ def main(
         raise typer.BadParameter(f"no method {unknown.pop()!r}; there are: {', '.join(METHODS)}")
     setup = Setup(body, task, device, steps, batch, length, per_speech, data_seed)
     rates = [float(lr) for lr in lrs.split(",")]
-    rows = probes(setup)
+    rows = resumed(resume, setup) if resume else probes(setup)
+    done = {Run(row["method"], row["lr"], row["seed"]) for row in rows}
     one = functools.partial(train_and_test, setup=setup)
     # Forked workers would share the GPU's context, which does not survive a fork.
     context = multiprocessing.get_context("spawn")
+    now = datetime.datetime.now(datetime.UTC)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"peft_{body}_{task}_{now:%Y%m%d_%H%M%S}.json"
+
+    def result() -> dict:
+        best = best_rates(rows)
+        found = {
+            "date": now.isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "settings": {
+                **setup._asdict(),
+                "lrs": sorted({row["lr"] for row in rows if row["trained"]}),
+                "seeds": seeds,
+                "jobs": jobs,
+            },
+            "best_lr": best,
+            "results": rows,
+        }
+        return {**found, "table": tabulated(found)}
+
     with ProcessPoolExecutor(jobs, context) if jobs > 1 else _InThisProcess() as pool:
 
         def do(runs: list[Run]) -> None:
-            for row in pool.map(one, runs):
+            for row in pool.map(one, [run for run in runs if run not in done]):
                 rows.append(row)
+                path.write_text(json.dumps(result(), indent=1) + "\n")  # a part, for --resume
                 print(
                     f"{row['method']:18} lr {row['lr']:<7g} seed {row['seed']}  validation "
                     f"{row['validation']:.3f}  test {row['test']:.3f}  {row['seconds']:5.1f} s",
@@ -301,20 +340,8 @@ def main(
         others = range(len(choosing), seeds)
         do([Run(method, best[method], seed) for seed in others for method in chosen])
 
-    now = datetime.datetime.now(datetime.UTC)
-    result = {
-        "date": now.isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "settings": {**setup._asdict(), "lrs": rates, "seeds": seeds, "jobs": jobs},
-        "best_lr": best,
-        "results": rows,
-    }
-    result["table"] = tabulated(result)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"peft_{body}_{task}_{now:%Y%m%d_%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print_results(result)
+    path.write_text(json.dumps(result(), indent=1) + "\n")
+    print_results(result())
     print(f"Written: {path}")
 
 

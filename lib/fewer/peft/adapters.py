@@ -36,10 +36,10 @@ def bottleneck(
     w_up: Float[Tensor, "d m"],
     b_up: Float[Tensor, "d"],
 ) -> Float[Tensor, "*batch d"]:
-    """W_up ReLU(W_down h + b_down) + b_up, what an adapter adds.
+    """W_up ReLU(W_down h + b_down) + b_up, what an adapter adds to h.
 
     Args:
-        h: [..., d], any number of leading dimensions.
+        h: [..., d], any number of leading dimensions, or none.
         w_down, b_down: [m, d] and [m], into the bottleneck.
         w_up, b_up: [d, m] and [d], out of it.
 
@@ -47,13 +47,17 @@ def bottleneck(
         [..., d], without h itself.
 
     Raises:
-        RuntimeError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, biases of one number for all included.
 
     Example:
         >>> h = torch.tensor([[1.0, -2.0]])
         >>> bottleneck(h, torch.eye(2), torch.zeros(2), torch.eye(2), torch.ones(2)).tolist()
         [[2.0, 1.0]]
     """
+    m, d = w_down.shape
+    if (h.shape[-1:], b_down.shape, w_up.shape, b_up.shape) != ((d,), (m,), (d, m), (d,)):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (h, w_down, b_down, w_up, b_up))
+        raise ValueError(f"shapes must be [..., d], [m, d], [m], [d, m] and [d], got {shapes}")
     return F.linear(F.relu(F.linear(h, w_down, b_down)), w_up, b_up)
 
 

@@ -57,16 +57,26 @@ def transformer_flops(tokens: int, matrix_weights: int, layers: int, width: int)
 def training_flops(
     tokens: int, matrix_weights: int, layers: int, width: int, trained_weights: int
 ) -> int:
-    """One training step on n tokens: 4 n N + 2 n N_trained + 12 n^2 d L.
+    """Operations of one training step on n tokens: the forward pass, and backward
 
-    The first layer is charged for the gradient of its input, which nobody needs unless something
-    below it is trained (a prompt).
+    - for every matrix, trained or frozen, the gradient of what it reads, since the layers below
+      need it: as much as its forward product;
+    - for every trained matrix, the gradient of its weights: as much once more;
+    - for attention twice its forward, whatever is trained: it multiplies Q by K, and its weights by
+      V, and both factors of a product need their gradient.
+
+    The first layer is charged like any other, although nobody needs the gradient of its input
+    unless something below it is trained (a prompt).
 
     Args:
-        tokens, matrix_weights, layers, width: as in `transformer_flops`, of the model with what is
-            attached to it.
-        trained_weights: N_trained, those of the matrices that are trained, 0 to N. Trained biases
+        tokens, matrix_weights, layers, width: n, N, L and d as in `transformer_flops`, which counts
+            the forward pass: 2 n N for the matrices and 4 n^2 d L for attention. They are those of
+            the model with what is attached to it.
+        trained_weights: N_trained, how many of the N weights are trained, 0 to N. Trained biases
             and scales cost next to nothing.
+
+    Returns:
+        Operations, a multiplication and an addition being two.
 
     Raises:
         TypeError: not an int.

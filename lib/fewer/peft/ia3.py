@@ -26,7 +26,7 @@ from fewer.peft.attach import Wrap
 def fold_output_scale(
     w: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None, scale: Float[Tensor, "out"]
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out"] | None]:
-    """diag(l) W and l * b: the layer whose *outputs* are multiplied by l.
+    """diag(l) W and l * b: the layer whose *outputs* are multiplied by l, l * (W x + b).
 
     Args:
         w: [out, in], as `nn.Linear` stores its weight. Not modified.
@@ -52,11 +52,16 @@ def fold_output_scale(
 def fold_input_scale(
     w: Float[Tensor, "out in"], scale: Float[Tensor, "in"]
 ) -> Float[Tensor, "out in"]:
-    """W diag(l): the layer whose *inputs* are multiplied by l. Its bias stays as it is.
+    """W diag(l): the layer whose *inputs* are multiplied by l, W (l * x).
+
+    Its bias, if it has one, stays as it is.
 
     Args:
         w: [out, in], as `nn.Linear` stores its weight. Not modified.
         scale: l, [in], one number an input.
+
+    Returns:
+        The new weight.
 
     Raises:
         ValueError: scale is not [in].

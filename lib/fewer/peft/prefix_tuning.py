@@ -36,11 +36,15 @@ def reparameterized_prefix(
 ) -> tuple[Float[Tensor, "heads p head_dim"], Float[Tensor, "heads p head_dim"]]:
     """P_K and P_V from the small matrix P': W_2 tanh(W_1 P'), the keys' half first.
 
+    W_1, the elementwise tanh and W_2 make 2 heads head_dim numbers of each row of P'. The first
+    half of these is the position's keys, the second its values; in each half the first head_dim
+    numbers are those of head 0, the next those of head 1, and so on.
+
     Args:
-        p_small: P' [p, r].
+        p_small: P' [p, r], a row a position.
         w_1: [hidden, r].
         w_2: [2 heads head_dim, hidden].
-        heads: key heads, which divide half the rows of w_2.
+        heads: key heads, which divide half the rows of w_2. At least 1.
 
     Returns:
         keys, values: [heads, p, head_dim] each.

@@ -93,10 +93,15 @@ def class_means(
 ) -> Float[Tensor, "classes d"]:
     """The mean direction of each class: of features scaled to length 1, and again of length 1.
 
+    So a text with a long feature vector counts no more than one with a short one.
+
     Args:
         features: [texts, d], none of them zero.
-        labels: [texts], 0 to classes - 1, each class at least once.
+        labels: [texts], 0 to classes - 1 in any order, each class at least once.
         classes: how many there are.
+
+    Returns:
+        [classes, d], row c for the texts with the label c.
 
     Raises:
         ValueError: a class has no text.

@@ -73,12 +73,15 @@ def vocabulary_prompt(
 def label_prompt(
     embedding: Float[Tensor, "vocab d"], labels: list[list[int]], length: int
 ) -> Float[Tensor, "p d"]:
-    """The embeddings of the class names' tokens, the names one after another, again and again.
+    """The embeddings of the class names' tokens, the names one after another.
+
+    If that is fewer than p tokens, the names are gone through again and again, from the first one,
+    until there are p; if it is more, the first p are used.
 
     Args:
         embedding: [vocab, d].
         labels: the token ids of each class name, at least one id in all.
-        length: p. Of a longer list of names only the first p tokens are used.
+        length: p, at least 1.
 
     Returns:
         [p, d], a copy.
@@ -93,8 +96,8 @@ def label_prompt(
     ids = [token for name in labels for token in name]
     if not ids:
         raise ValueError("labels must hold at least one token id, got none")
-    repeated = (ids * (length // len(ids) + 1))[:length]
-    return embedding[torch.tensor(repeated, device=embedding.device)].clone()
+    repeated = [ids[i % len(ids)] for i in range(length)]
+    return embedding[torch.tensor(repeated, device=embedding.device)]  # such an index copies
 
 
 class PromptedEmbedding(nn.Module):

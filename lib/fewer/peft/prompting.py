@@ -65,12 +65,15 @@ def sequence_log_probability(
 ) -> Float[Tensor, ""]:
     """sum_i log p(token_i), where row i of the logits is what the model said *before* token i.
 
+    p is the softmax of a row. Row and token of the same number belong together: nothing is shifted.
+
     Args:
-        logits: [m, vocab], any floating type.
+        logits: [m, vocab], any floating type and size: a token that is next to impossible has a
+            finite log-probability too, such as -500. Half precision is computed in float32.
         tokens: [m], the tokens that came.
 
     Returns:
-        0-d, at most 0, float32 (float64 for float64 logits).
+        The sum (natural logarithm), 0-d, at most 0, float32 (float64 for float64 logits).
 
     Raises:
         ValueError: logits and tokens disagree on m.
