@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewer.models import KVCache, generate, stream, tiny_llama
+from fewer.models import KVCache, generate, stream, tiny_llama, token_probabilities
 from fewer.models.llama import rotate
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -181,6 +181,96 @@ def test_key_positions_may_differ_between_heads(tokens):
     with_hidden, dense = (x.view(3, 12, 4, 8)[:, 1:] for x in seen)
     changed = (with_hidden - dense).abs().amax(dim=(0, 1, 3)) > 1e-4
     assert changed.tolist() == [False, False, True, True]
+
+
+class Ragged(KVCache):
+    """Rows whose first tokens are padding: nobody sees it, and positions begin after it."""
+
+    def __init__(self, padding):
+        super().__init__()
+        self.padding = torch.tensor(padding)[:, None]
+
+    def update(self, layer, keys, values, positions):
+        keys, values, positions = super().update(layer, keys, values, positions)
+        shown = torch.where(positions < 0, 10_000, positions)[:, None]
+        return keys, values, shown.expand(*keys.shape[:2], -1)
+
+
+def test_rows_may_be_at_different_positions(tokens):
+    model, padding = tiny_llama(), [0, 2, 5]
+    positions = torch.arange(12) - torch.tensor(padding)[:, None]
+    got = model(tokens, Ragged(padding), positions)
+    for row, p in enumerate(padding):
+        alone = model(tokens[row : row + 1, p:])[0]
+        torch.testing.assert_close(got[row, p:], alone, **TOLERANCE)
+
+
+class Twins(KVCache):
+    """Lets nobody see an odd position but its own token."""
+
+    def visible(self, key_positions, positions):
+        before = super().visible(key_positions, positions)
+        itself = key_positions[..., None, :] == positions[:, None]
+        return before & ((key_positions % 2 == 0) | itself)
+
+
+def test_a_cache_decides_what_is_seen(tokens):
+    model = tiny_llama()
+    changed = tokens.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 64
+    same = (model(tokens, Twins()) - model(changed, Twins())).abs().amax((0, 2)) < 1e-6
+    assert same.tolist() == [position != 3 for position in range(12)]
+
+
+class Watching(KVCache):
+    observes = True
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def observe(self, layer, attention):
+        self.seen.append((layer, attention))
+
+
+def test_an_observing_cache_is_told_what_was_attended_to(tokens):
+    model, cache = tiny_llama(), Watching()
+    logits = read_in_chunks(model, tokens, [5, 7], cache)
+    torch.testing.assert_close(logits, model(tokens), **TOLERANCE)
+    assert [layer for layer, _ in cache.seen] == [0, 1, 0, 1]
+    attention = cache.seen[2][1]  # layer 0, the second chunk
+    assert attention.shape == (3, 2, 2, 7, 12)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2, 2, 7))
+    assert (attention[..., 0, 6:] == 0).all()  # the future
+    # Query heads 2g and 2g + 1 belong to key head g.
+    block = model.layers[0]
+    x = block.input_layernorm(model.embed_tokens(tokens))
+    q = rotate(
+        block.self_attn.q_proj(x).view(3, 12, 4, 8).transpose(1, 2), torch.arange(12), 10_000.0
+    )
+    k = rotate(cache.keys[0], torch.arange(12), 10_000.0)
+    last = (q[:, 3, -1:] @ k[:, 1].mT / 8**0.5).softmax(-1)[:, 0]
+    torch.testing.assert_close(attention[:, 1, 1, -1], last, **TOLERANCE)
+
+
+def test_token_probabilities_are_what_is_drawn_from():
+    logits = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)) * 2
+    for temperature, top_p in [(1.0, 1.0), (0.5, 1.0), (1.5, 0.7), (0.0, 1.0)]:
+        p = token_probabilities(logits, temperature, top_p)
+        torch.testing.assert_close(p.sum(-1), torch.ones(2))
+        if temperature:
+            full = (logits / temperature).softmax(-1)
+            kept = p > 0
+            torch.testing.assert_close(
+                p, torch.where(kept, full / (full * kept).sum(-1, True), 0.0)
+            )
+            # The fewest tokens that reach top_p: they do, and without the least of them do not.
+            mass = (full * kept).sum(-1)
+            least = torch.where(kept, full, 2.0).amin(-1)
+            assert (mass >= top_p - 1e-6).all()
+            assert (mass - least < top_p).all()
+        else:
+            assert p.argmax(-1).equal(logits.argmax(-1))
 
 
 def test_hidden_and_logits_make_up_the_model(tokens):

@@ -17,7 +17,15 @@ from fewer.models.fetch import ModelNotFetched, cache_home, fetch_minilm, fetch_
 from fewer.models.hessian import input_hessian, inverse_cholesky, output_error
 from fewer.models.hooks import linear_inputs, replaced_inputs, replaced_products
 from fewer.models.linears import linear_layers, replaced_weights
-from fewer.models.llama import KVCache, Llama, LlamaConfig, generate, stream, tiny_llama
+from fewer.models.llama import (
+    KVCache,
+    Llama,
+    LlamaConfig,
+    generate,
+    stream,
+    tiny_llama,
+    token_probabilities,
+)
 from fewer.models.minilm import Bert, BertConfig, MiniLM, load_minilm, tiny_bert
 from fewer.models.smollm2 import SmolLM2, chat_prompt, load_smollm2
 
@@ -50,4 +58,5 @@ __all__ = [
     "stream",
     "tiny_bert",
     "tiny_llama",
+    "token_probabilities",
 ]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -44,9 +44,13 @@ class KVCache:
     Keys are kept *before* rotation and turned at attention time by the positions kept beside them.
     A cache may therefore forget tokens (eviction) or renumber them (StreamingLLM) by overriding
     `update` alone: attention rotates and masks by the key positions that `update` returns, whatever
-    they are.
+    they are. One that lets queries see other keys than those before them (a tree of drafts)
+    overrides `visible`; one that wants to know what was attended to (H2O) sets `observes` and gets
+    it by `observe`.
 
     Attributes:
+        observes: whether attention calls `observe`. It then computes its weights one by one, which
+            takes more time and memory.
         keys: for each layer seen so far, a tensor of shape (batch, kv_heads, tokens, head_dim).
         values: the same for the values.
         positions: for each layer, the positions of its keys, integers of shape (tokens,), or
@@ -59,14 +63,19 @@ class KVCache:
         (torch.Size([1, 2, 3, 8]), 3)
     """
 
+    observes = False
+
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.positions: list[Tensor] = []
 
     @property
-    def next_position(self) -> int:
-        """The position of the next token to be read: one more than the latest position kept."""
+    def next_position(self) -> int | Int[Tensor, "batch 1"]:
+        """The position of the next token to be read: one more than the latest position kept.
+
+        A subclass whose rows have read unequally many tokens returns one for each row.
+        """
         return int(self.positions[0].max()) + 1 if self.positions else 0
 
     def update(
@@ -74,7 +83,7 @@ class KVCache:
         layer: int,
         keys: Float[Tensor, "batch kv_heads new head_dim"],
         values: Float[Tensor, "batch kv_heads new head_dim"],
-        positions: Int[Tensor, "new"],
+        positions: Int[Tensor, "*batch new"],
     ) -> tuple[
         Float[Tensor, "batch kv_heads tokens head_dim"],
         Float[Tensor, "batch kv_heads tokens head_dim"],
@@ -94,6 +103,27 @@ class KVCache:
             self.values[layer] = torch.cat([self.values[layer], values], dim=-2)
             self.positions[layer] = torch.cat([self.positions[layer], positions], dim=-1)
         return self.keys[layer], self.values[layer], self.positions[layer]
+
+    def visible(
+        self,
+        key_positions: Int[Tensor, "*batch_and_kv_heads tokens"],
+        positions: Int[Tensor, "*batch new"],
+    ) -> Bool[Tensor, "*batch_and_kv_heads new tokens"]:
+        """Which keys each new token may attend to: those at its own position or before it.
+
+        A key that nobody should see any more can stay where it is, at a position beyond all others.
+        """
+        if positions.ndim == 2:
+            positions = positions[:, None]  # the same for all heads
+        return key_positions[..., None, :] <= positions[..., :, None]
+
+    def observe(
+        self, layer: int, attention: Float[Tensor, "batch kv_heads group new tokens"]
+    ) -> None:
+        """What the queries of `layer` attended to, after each `update`, if `observes` is set.
+
+        Each row over tokens sums to 1. The `group` query heads of a key head stand beside it.
+        """
 
 
 class RMSNorm(nn.Module):
@@ -151,7 +181,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_dim, config.d_model, bias=False)
 
     def forward(
-        self, x: Float[Tensor, "batch new d_model"], positions: Int[Tensor, "new"], cache: KVCache
+        self,
+        x: Float[Tensor, "batch new d_model"],
+        positions: Int[Tensor, "*batch new"],
+        cache: KVCache,
     ) -> Float[Tensor, "batch new d_model"]:
         batch, new, _ = x.shape
         kv_heads, head_dim, base = (
@@ -163,15 +196,23 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(batch, new, kv_heads, head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, new, kv_heads, head_dim).transpose(1, 2)
         k, v, key_positions = cache.update(self.layer, k, v, positions)
-        q, k = rotate(q, positions, base), rotate(k, key_positions, base)
-        visible = key_positions[..., None, :] <= positions[:, None]
+        for_heads = positions if positions.ndim == 1 else positions[:, None]
+        q, k = rotate(q, for_heads, base), rotate(k, key_positions, base)
+        visible = cache.visible(key_positions, positions)
 
         # Query heads that share a key head are stacked below each other as if they were more
         # tokens, so that the keys need not be copied for each of them.
         group = self.config.n_heads // kv_heads
         q = q.reshape(batch, kv_heads, group * new, head_dim)
         repeats = [1] * (visible.ndim - 2) + [group, 1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.repeat(repeats))
+        visible = visible.repeat(repeats)
+        if cache.observes:
+            scores = (q @ k.mT / head_dim**0.5).masked_fill(~visible, -torch.inf)
+            weights = scores.softmax(-1)
+            cache.observe(self.layer, weights.unflatten(2, (group, new)))
+            out = weights @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.o_proj(
             out.reshape(batch, -1, new, head_dim).transpose(1, 2).reshape(batch, new, -1)
         )
@@ -201,7 +242,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Float[Tensor, "batch new d_model"], positions: Int[Tensor, "new"], cache: KVCache
+        self,
+        x: Float[Tensor, "batch new d_model"],
+        positions: Int[Tensor, "*batch new"],
+        cache: KVCache,
     ) -> Float[Tensor, "batch new d_model"]:
         h = x + self.self_attn(self.input_layernorm(x), positions, cache)
         return h + self.mlp(self.post_attention_layernorm(h))
@@ -229,7 +273,7 @@ class Llama(nn.Module):
         self,
         tokens: Int[Tensor, "batch new"],
         cache: KVCache | None = None,
-        positions: Int[Tensor, "new"] | None = None,
+        positions: Int[Tensor, "*batch new"] | None = None,
     ) -> Float[Tensor, "batch new vocab"]:
         """Read `tokens` after what `cache` holds; return the logits of the token that follows each.
 
@@ -237,8 +281,8 @@ class Llama(nn.Module):
             tokens: token ids of rows of equal length (there is no padding).
             cache: what earlier calls have read. It is updated in place. None reads the tokens by
                 themselves.
-            positions: positions of the tokens, the same for all rows; by default they go on from
-                the cache.
+            positions: positions of the tokens, the same for all rows or a row of them for each; by
+                default they go on from the cache.
 
         Raises:
             ValueError: if `tokens` is not a matrix of at least one column.
@@ -249,7 +293,7 @@ class Llama(nn.Module):
         self,
         tokens: Int[Tensor, "batch new"],
         cache: KVCache | None = None,
-        positions: Int[Tensor, "new"] | None = None,
+        positions: Int[Tensor, "*batch new"] | None = None,
     ) -> Float[Tensor, "batch new d_model"]:
         """The normalised output of the last block, from which `logits` reads the next token.
 
@@ -265,8 +309,7 @@ class Llama(nn.Module):
         cache = KVCache() if cache is None else cache
         x = self.embed_tokens(tokens)
         if positions is None:
-            start = cache.next_position
-            positions = torch.arange(start, start + x.shape[1], device=tokens.device)
+            positions = cache.next_position + torch.arange(x.shape[1], device=tokens.device)
         for block in self.layers:
             x = block(x, positions, cache)
         return self.norm(x)
@@ -360,6 +403,34 @@ def stream(
         tokens, max_new_tokens = last[:, None], max_new_tokens - 1
 
 
+def token_probabilities(
+    logits: Float[Tensor, "*batch vocab"], temperature: float = 1.0, top_p: float = 1.0
+) -> Float[Tensor, "*batch vocab"]:
+    """The distribution that `stream` draws the next token from.
+
+    Args:
+        logits: of the next token.
+        temperature, top_p: as for `stream`. At temperature 0 all probability is the likeliest
+            token's.
+
+    Returns:
+        float32, the shape of logits; each row sums to 1.
+
+    Example:
+        >>> token_probabilities(torch.tensor([4.0, 4.0, 3.0, 0.0]).log(), top_p=0.5).tolist()
+        [0.5, 0.5, 0.0, 0.0]
+    """
+    if temperature == 0:
+        likeliest = logits.argmax(-1)
+        return F.one_hot(likeliest, logits.shape[-1]).float()
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    # A token stays if those before it have not yet reached top_p; so the likeliest always stays.
+    before = probabilities.cumsum(-1) - probabilities
+    kept = probabilities * (before < top_p)
+    kept = kept / kept.sum(-1, keepdim=True)
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
 def _choose(
     logits: Float[Tensor, "batch vocab"],
     temperature: float,
@@ -368,11 +439,8 @@ def _choose(
 ) -> Int[Tensor, "batch"]:
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    # A token stays if those before it have not yet reached top_p; so the likeliest always stays.
-    before = probabilities.cumsum(-1) - probabilities
-    drawn = torch.multinomial(probabilities * (before < top_p), 1, generator=generator)
-    return order.gather(-1, drawn)[:, 0]
+    probabilities = token_probabilities(logits, temperature, top_p)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def tiny_llama(seed: int = 0, **sizes: int) -> Llama:
