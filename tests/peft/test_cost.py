@@ -118,6 +118,16 @@ def test_exemplars_read_beforehand_give_the_same_scores_and_stay_as_they_are():
     assert branched(cache).next_position == 3
 
 
+def test_several_prompts_are_scored_as_each_alone():
+    model, labels = tiny_llama().eval(), [[9], [2, 6]]
+    prompts, cache = torch.tensor([[3, 1, 4], [1, 5, 9], [2, 6, 5]]), KVCache()
+    model(torch.tensor([[7, 8]]), cache)
+    for read in (None, cache):
+        together = label_scores(model, prompts, labels, read)
+        alone = torch.stack([label_scores(model, prompt, labels, read) for prompt in prompts])
+        torch.testing.assert_close(together, alone)
+
+
 def test_all_labels_of_a_small_vocabulary_share_a_probability_of_one():
     model = tiny_llama().eval()
     scores = label_scores(model, torch.tensor([1, 2]), [[token] for token in range(64)])

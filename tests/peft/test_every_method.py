@@ -18,6 +18,7 @@ from fewer.peft.ia3 import ia3
 from fewer.peft.lora import lora
 from fewer.peft.prefix_tuning import prefix_tuning
 from fewer.peft.prompt_tuning import prompt_tuning
+from fewer.peft.training import whole
 
 MODELS = {"llama": tiny_llama, "bert": tiny_bert}
 METHODS: dict[str, Callable[[nn.Module], dict[str, Wrap]]] = {
@@ -122,6 +123,20 @@ def test_merged_equals_unmerged_and_unmerging_is_exact(method: str, model: nn.Mo
     modules = len(list(model.modules()))
     attached.merge()
     assert len(list(model.modules())) < modules, "a merged model has no wrappers"
+    torch.testing.assert_close(hidden(model), trained, atol=2e-5, rtol=1e-4)
+    attached.unmerge()
+    assert torch.equal(hidden(model), trained)
+
+
+def test_a_part_trained_as_it_is_does_not_stand_in_the_way_of_merging(model: nn.Module):
+    last = (
+        "norm"
+        if hasattr(model, "norm")
+        else next(n for n, _ in model.named_modules() if "norm" in n)
+    )
+    attached = trained_for(2, model, METHODS["lora"](model) | whole(last))
+    trained = hidden(model).detach()
+    attached.merge()
     torch.testing.assert_close(hidden(model), trained, atol=2e-5, rtol=1e-4)
     attached.unmerge()
     assert torch.equal(hidden(model), trained)

@@ -423,7 +423,10 @@ def token_probabilities(
     if temperature == 0:
         likeliest = logits.argmax(-1)
         return F.one_hot(likeliest, logits.shape[-1]).float()
-    probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p == 1:
+        return probabilities  # a large vocabulary takes long to sort
+    probabilities, order = probabilities.sort(-1, descending=True)
     # A token stays if those before it have not yet reached top_p; so the likeliest always stays.
     before = probabilities.cumsum(-1) - probabilities
     kept = probabilities * (before < top_p)

@@ -103,9 +103,9 @@ class Attachment:
         merged = {}
         for name, wrapper in self.wrappers.items():
             fold = getattr(wrapper, "merged", None)
-            if fold is None:
+            if fold is None and hasattr(wrapper, "base"):
                 raise TypeError(f"{type(wrapper).__name__} ({name}) cannot be merged")
-            merged[name] = fold()
+            merged[name] = fold() if fold else wrapper  # a copy trained as it is has no more to it
         self._put(merged)
 
     def unmerge(self) -> None:

@@ -80,7 +80,8 @@ def training_flops(
 
     Raises:
         TypeError: not an int.
-        ValueError: out of range.
+        ValueError: tokens or width below 1, matrix_weights or layers below 0, trained_weights not
+            between 0 and matrix_weights.
 
     Example:
         >>> forward = transformer_flops(tokens=10, matrix_weights=1000, layers=2, width=8)

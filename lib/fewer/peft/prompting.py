@@ -103,25 +103,25 @@ def branched(cache: KVCache) -> KVCache:
 @torch.no_grad()
 def label_scores(
     model: Llama,
-    prompt: Int[Tensor, "n"],
+    prompt: Int[Tensor, "*texts n"],
     labels: list[list[int]],
     cache: KVCache | None = None,
-) -> Float[Tensor, "classes"]:
+) -> Float[Tensor, "*texts classes"]:
     """log p(label | prompt) of every label.
 
-    The prompt is read once, whatever the number of labels.
+    A prompt is read once, whatever the number of labels.
 
     Args:
         model: a language model.
-        prompt: token ids, at least one.
+        prompt: token ids, at least one; of several prompts of equal length, a row each.
         labels: the token ids of each label, at least one each. With the prompts of
             `few_shot_prompt`, tokenize them with the blank in front: " good".
-        cache: what all prompts begin with (instruction and exemplars), read already. It is not
-            modified.
+        cache: what all prompts begin with (instruction and exemplars), read already, as one row. It
+            is not modified.
 
     Returns:
-        [classes], at most 0. A label of more tokens has more factors below 1; where labels differ
-        in length, compare log-probabilities a token, or `calibrated` scores.
+        [..., classes], at most 0. A label of more tokens has more factors below 1; where labels
+        differ in length, compare log-probabilities a token, or `calibrated` scores.
 
     Example:
         >>> from fewer.models import tiny_llama
@@ -129,16 +129,21 @@ def label_scores(
         >>> scores.shape, bool((scores < 0).all())
         (torch.Size([2]), True)
     """
+    rows = prompt.reshape(-1, prompt.shape[-1])
     read = branched(cache) if cache is not None else KVCache()
-    said = model(prompt[None], read)[0, -1:]  # about the token after the prompt
+    read.keys, read.values = (
+        [x.expand(len(rows), -1, -1, -1) for x in kept] for kept in (read.keys, read.values)
+    )
+    said = model.logits(model.hidden(rows, read)[:, -1:])  # about the token after the prompt
     scores = []
     for label in labels:
         tokens = torch.tensor(label, device=prompt.device)
         logits = said
         if len(label) > 1:
-            logits = torch.cat([said, model(tokens[None, :-1], branched(read))[0]])
-        scores.append(sequence_log_probability(logits, tokens))
-    return torch.stack(scores)
+            first = tokens[:-1].expand(len(rows), -1)
+            logits = torch.cat([said, model(first, branched(read))], dim=1)
+        scores.append(torch.stack([sequence_log_probability(row, tokens) for row in logits]))
+    return torch.stack(scores, dim=-1).view(*prompt.shape[:-1], len(labels))
 
 
 def calibrated(
