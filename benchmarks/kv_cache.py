@@ -10,8 +10,10 @@ takes long).
     python benchmarks/kv_cache.py --budgets 256,819 --chunk 8 --name inference_quantized_cache \\
         --policies StreamingLLM,H2O --every 0 --jobs 16
 
-Prints perplexities, the bytes of keys and values at the end, and the median time a token; every
-result goes to benchmarks/results/, after each cache, so that a run broken off is not lost.
+Prints perplexities; by how many nats a cache changes the loss of a token (the mean absolute
+difference from the full cache: a perplexity can stay while every token's chances move); the bytes
+of keys and values at the end; and the median time a token. Every result goes to
+benchmarks/results/, after each cache, so that a run broken off is not lost.
 
 Read the time with care: the quantized cache is written to be read, and turns all of its codes back
 into numbers for every token, where a kernel would do it on the way to the product.
@@ -178,7 +180,8 @@ def main(
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(
             f"{Case(row['policy'], row['budget'], row['bits']).name:22} {row['budget'] or '':>5}"
-            f"  perplexity {row['perplexity']:8.2f}  {row['bytes'] / 2**20:6.2f} MiB"
+            f"  perplexity {row['perplexity']:8.2f}  change {row['change']:.4f}"
+            f"  {row['bytes'] / 2**20:6.2f} MiB"
             f"  {row['ms_per_token']:7.1f} ms a token",
             flush=True,
         )
@@ -194,13 +197,14 @@ def main(
         full = None
         for row, losses in found:
             full = losses if full is None else full
-            keep(row)
+            keep({**row, "change": (losses - full).abs().mean().item()})
         assert full is not None
         for row, losses in again:
             # On the tokens that were read anew, beside the full cache: their difficulty cancels.
             steps = recomputed_steps(row["budget"], tokens, every)
-            loss = full.double().mean() + (losses - full[steps]).double().mean()
-            keep({**row, "perplexity": loss.exp().item()})
+            change = (losses - full[steps]).double()
+            loss = full.double().mean() + change.mean()
+            keep({**row, "perplexity": loss.exp().item(), "change": change.abs().mean().item()})
     print_results(result["table"])
     print(f"Written: {path}")
 
@@ -229,18 +233,20 @@ def tabulated(result: dict) -> dict:
         last = at[max(at, key=lambda budget: budget or 0)]
         size = f"{last['bytes'] / 2**20:.1f}" if last["bytes"] else ""
         cells = [f"{at[b]['perplexity']:.2f}" if b in at else "" for b in (*on["budgets"], None)]
-        lines.append([name, *cells, size, f"{last['ms_per_token']:.0f}"])
+        change = f"{last['change']:.3f}" if last["change"] else ""
+        lines.append([name, *cells, change, size, f"{last['ms_per_token']:.0f}"])
     caption = (
         f"SmolLM2 (134.5M parameters) reads {on['tokens']:,} tokens of {on['text']}, "
-        f"{on['chunk']} a call: perplexity by tokens kept in every head; MiB of keys and values in "
-        "the end and median ms a token in the second half of the text (with many tokens cached), "
-        f"both at the largest budget; float32, {on['threads']} threads, {on['jobs']} side by side"
+        f"{on['chunk']} a call: perplexity by tokens kept in every head; at the largest budget, "
+        "the mean absolute change of a token's loss in nats, MiB of keys and values in the end, "
+        "and median ms a token in the second half of the text (with many tokens cached); float32, "
+        f"{on['threads']} threads, {on['jobs']} side by side"
     )
     if on["every"]:
         caption += f"; recomputed on every {on['every']}th token"
     return {
         "caption": caption,
-        "columns": ["cache", *map(str, on["budgets"]), "all", "MiB", "ms a token"],
+        "columns": ["cache", *map(str, on["budgets"]), "all", "change", "MiB", "ms a token"],
         "rows": lines,
     }
 

@@ -363,7 +363,7 @@ def pairs(draw: st.DrawFn, shapes: Any = st.just(())) -> tuple[Tensor, Tensor]:
 
 def expect_residual(candidate) -> None:
     """Fail if p itself comes out where it is not the residual."""
-    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.5, 0.25])
     got = as_double(candidate(p, q))
     expect(got.shape != p.shape or (got - p).abs().max() > 0, "p itself is returned", got=got)
 

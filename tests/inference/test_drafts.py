@@ -58,7 +58,8 @@ def counted(text, context):
 @given(texts, st.integers(2, 4))
 def test_ngrams_are_counted_by_brute_force(text, order):
     counts = ngram_counts(text, order)
-    assert all(counter == counted(text, list(context)) for context, counter in counts.items())
+    contexts = {tuple(text[i - n : i]) for i in range(len(text)) for n in range(order) if n <= i}
+    assert counts == {context: counted(text, list(context)) for context in contexts}
     ends = [text[len(text) - n :] for n in range(min(order - 1, len(text)), -1, -1)]
     longest = next(c for c in ends if counted(text, c))
     assert backoff(text, order, counts) == counted(text, longest)
@@ -72,6 +73,7 @@ def test_an_ngram_draft_that_follows_a_text_equals_a_new_one(parts, training):
         text = text + part
         new = NGramDraft(3, 4, vocab=4, training=training)
         assert following(torch.tensor(text)).tokens.equal(new(torch.tensor(text)).tokens)
+        assert following.counts == ngram_counts(text, 3)  # nothing twice, and no proposal
     other = torch.tensor([3, 3, 0, 1])  # not the same text any more
     assert following(other).tokens.equal(NGramDraft(3, 4, vocab=4, training=training)(other).tokens)
 
