@@ -6,7 +6,7 @@ two of the policies, and with a window that is read anew for every token (on som
 takes long).
 
     python benchmarks/kv_cache.py --tokens 256 --budgets 64,128 --bits 4 --chunk 16     # a look
-    python benchmarks/kv_cache.py --budgets 128,256,819 --bits "" --jobs 16           # as stored
+    python benchmarks/kv_cache.py --budgets 128,256,819 --bits 4,2 --chunk 32 --every 512 --jobs 2
     python benchmarks/kv_cache.py --budgets 256,819 --chunk 8 --name inference_quantized_cache \\
         --policies StreamingLLM,H2O --every 0 --jobs 16
 
