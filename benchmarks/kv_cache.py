@@ -1,14 +1,12 @@
 """What forgetting costs: perplexity of a text read through every cache, at several budgets.
 
-SmolLM2 reads the beginning of a State of the Union address token by token and is scored on the
-next: with the full cache, with every policy at every budget, with quantized caches alone and below
-two of the policies, and with a window that is read anew for every token (on some of the tokens: it
-takes long).
+SmolLM2 reads the beginning of a State of the Union address, `chunk` tokens a call, and is scored on
+the next: with the full cache, with every policy at every budget, with quantized caches alone and
+below two of the policies, and with a window that is read anew for every token (on some of the
+tokens: it takes long).
 
     python benchmarks/kv_cache.py --tokens 256 --budgets 64,128 --bits 4 --chunk 16     # a look
     python benchmarks/kv_cache.py --budgets 128,256,819 --bits 4,2 --chunk 32 --every 512 --jobs 2
-    python benchmarks/kv_cache.py --budgets 256,819 --chunk 8 --name inference_quantized_cache \\
-        --policies StreamingLLM,H2O --every 0 --jobs 16
 
 Prints perplexities; by how many nats a cache changes the loss of a token (the mean absolute
 difference from the full cache: a perplexity can stay while every token's chances move); the bytes
@@ -34,7 +32,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from sparse_training import processor
+from sparse_training import InThisProcess, processor
 from torch import Tensor
 
 from fewer.data import evaluation_text
@@ -142,7 +140,6 @@ def main(
     chunk: int = typer.Option(1, min=1, help="tokens a call; more is faster, and sees more"),
     every: int = typer.Option(32, min=0, help="recompute for every so-manyth token; 0 for none"),
     jobs: int = typer.Option(1, min=1, help="caches side by side; times then say little"),
-    name: str = typer.Option("inference_cache", help="the JSON file's name begins so"),
     out: Path = typer.Option(Path(__file__).parent / "results", help="folder for the JSON file"),
 ) -> None:
     """Read a text through every cache."""
@@ -155,7 +152,7 @@ def main(
     tokens = len(ids) - 1
     now = datetime.datetime.now(datetime.UTC)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}_smollm2_{now:%Y%m%d_%H%M%S}.json"
+    path = out / f"inference_cache_smollm2_{now:%Y%m%d_%H%M%S}.json"
     result: dict = {
         "date": now.isoformat(timespec="seconds"),
         "device": processor(),
@@ -189,7 +186,7 @@ def main(
     todo = cases(chosen, sizes, widths)
     # Forked workers would share locks of PyTorch's threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context) if jobs > 1 else _InThisProcess() as pool:
+    with ProcessPoolExecutor(jobs, context) if jobs > 1 else InThisProcess() as pool:
         again = pool.map(
             functools.partial(recompute, tokens=tokens, every=every), sizes if every else []
         )
@@ -207,18 +204,6 @@ def main(
             keep({**row, "perplexity": loss.exp().item(), "change": change.abs().mean().item()})
     print_results(result["table"])
     print(f"Written: {path}")
-
-
-class _InThisProcess:
-    """`map` in place of a pool of processes."""
-
-    map = staticmethod(map)
-
-    def __enter__(self) -> "_InThisProcess":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 def tabulated(result: dict) -> dict:

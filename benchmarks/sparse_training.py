@@ -278,5 +278,17 @@ def processor() -> str:
     return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
 
 
+class InThisProcess:
+    """`map` in place of a pool of processes."""
+
+    map = staticmethod(map)
+
+    def __enter__(self) -> "InThisProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 if __name__ == "__main__":
     typer.run(main)

@@ -4,7 +4,7 @@ SmolLM2 answers two prompts of each kind in float32: plainly, and with every dra
 be the same, token by token, at temperature 0.
 
     python benchmarks/speculative.py --tokens 32 --drafts "prompt lookup" --repeats 1      # a look
-    python benchmarks/speculative.py --threads 2                                       # as stored
+    python benchmarks/speculative.py --threads 2                                       # all of it
 
 Prints tokens a call and the speed relative to plain decoding, both after the call that reads the
 prompt; in the JSON file in benchmarks/results/ stands more of each run: acceptance, tokens a

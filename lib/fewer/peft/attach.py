@@ -98,7 +98,8 @@ class Attachment:
         original weights were never touched.
 
         Raises:
-            TypeError: a wrapper has no method `merged`: its method cannot be folded.
+            TypeError: a wrapper has no method `merged`: its method cannot be folded. (A part that
+                is trained as it is has nothing to fold, and stays.)
         """
         merged = {}
         for name, wrapper in self.wrappers.items():
