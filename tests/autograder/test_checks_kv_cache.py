@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from judged import lost
 
 from autograder.candidate import Local
 from autograder.checks import kv_cache
@@ -21,17 +22,6 @@ from fewer.inference import (
 )
 
 LAB = [value for value in vars(kv_cache).values() if isinstance(value, Exercise)]
-
-
-def points_of(exercise, function, seed=0):
-    verdict = judge(exercise, Local(function), seed, explain=False)
-    return {result.check: result.earned for result in verdict.results}
-
-
-def lost(reference, function, seed=0):
-    """The names of the checks that ``function`` fails."""
-    earned = points_of(exercises()[reference.__name__], function, seed)
-    return [name for name, points in earned.items() if not points]
 
 
 # --- one mistake costs one check -----------------------------------------------------------------

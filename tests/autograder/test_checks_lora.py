@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from judged import lost, points_of
 
 from autograder.candidate import Local
 from autograder.checks import lora
@@ -23,17 +24,6 @@ from fewer.peft import (
 )
 
 LAB = [value for value in vars(lora).values() if isinstance(value, Exercise)]
-
-
-def points_of(exercise, function, seed=0):
-    verdict = judge(exercise, Local(function), seed, explain=False)
-    return {result.check: result.earned for result in verdict.results}
-
-
-def lost(reference, function, seed=0):
-    """The names of the checks that ``function`` fails."""
-    earned = points_of(exercises()[reference.__name__], function, seed)
-    return [name for name, points in earned.items() if not points]
 
 
 # --- one mistake costs one check -----------------------------------------------------------------

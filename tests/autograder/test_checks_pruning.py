@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from judged import lost
 
 import autograder.judge
 from autograder.candidate import Local
@@ -28,17 +29,6 @@ LAB = [value for value in vars(pruning).values() if isinstance(value, Exercise)]
 def short_search(monkeypatch):
     """A few steps towards the simplest counter-example are enough here."""
     monkeypatch.setattr(autograder.judge, "SHRINK_RUNS", 5)
-
-
-def points_of(exercise, function, seed=0):
-    verdict = judge(exercise, Local(function), seed, explain=False)
-    return {result.check: result.earned for result in verdict.results}
-
-
-def lost(reference, function, seed=0):
-    """The names of the checks that ``function`` fails."""
-    earned = points_of(exercises()[reference.__name__], function, seed)
-    return [name for name, points in earned.items() if not points]
 
 
 # --- mistakes that are no misconception: nobody would make them, or nobody would need a tutor ----

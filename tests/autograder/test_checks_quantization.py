@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from judged import lost, points_of
 
 import autograder.judge
 from autograder.candidate import Local
@@ -26,11 +27,6 @@ from fewer.quantization import (
 def short_search(monkeypatch):
     """A few steps towards the simplest counter-example are enough here."""
     monkeypatch.setattr(autograder.judge, "SHRINK_RUNS", 5)
-
-
-def points_of(exercise, function, seed=0):
-    verdict = judge(exercise, Local(function), seed, explain=False)
-    return {result.check: result.earned for result in verdict.results}
 
 
 # --- mistakes that are no misconception: nobody would make them, or nobody would need a tutor ----
@@ -138,12 +134,6 @@ def test_other_wrong_work_fails_too(reference, wrong):
 
 
 # --- one mistake costs one check -----------------------------------------------------------------
-
-
-def lost(reference, function):
-    """The names of the checks that ``function`` fails."""
-    earned = points_of(exercises()[reference.__name__], function)
-    return [name for name, points in earned.items() if not points]
 
 
 def test_codes_of_another_integer_type_cost_the_storage_check_alone():

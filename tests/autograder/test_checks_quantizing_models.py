@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from judged import lost
 
 import autograder.judge
 from autograder.candidate import Local
@@ -34,12 +35,6 @@ NAMES = [e.name for e in LAB]
 def short_search(monkeypatch):
     """A few steps towards the simplest counter-example are enough here."""
     monkeypatch.setattr(autograder.judge, "SHRINK_RUNS", 5)
-
-
-def lost(reference, function, seed=0):
-    """The names of the checks that ``function`` fails."""
-    verdict = judge(exercises()[reference.__name__], Local(function), seed, explain=False)
-    return [result.check for result in verdict.results if result.status != "passed"]
 
 
 # --- one mistake costs what it has to do with ----------------------------------------------------

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from judged import lost, points_of
 
 import autograder.judge
 from autograder.candidate import Local
@@ -29,17 +30,6 @@ LAB = [value for value in vars(sparse_training).values() if isinstance(value, Ex
 def short_search(monkeypatch):
     """A few steps towards the simplest counter-example are enough here."""
     monkeypatch.setattr(autograder.judge, "SHRINK_RUNS", 5)
-
-
-def points_of(exercise, function, seed=0):
-    verdict = judge(exercise, Local(function), seed, explain=False)
-    return {result.check: result.earned for result in verdict.results}
-
-
-def lost(reference, function):
-    """The names of the checks that ``function`` fails."""
-    earned = points_of(exercises()[reference.__name__], function)
-    return [name for name, points in earned.items() if not points]
 
 
 @pytest.mark.parametrize("reference", [drop_smallest, rigl_update, prune_surviving])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from judged import lost
 
 import autograder.judge
 from autograder.candidate import Local
@@ -27,13 +28,6 @@ LAB = [value for value in vars(speculative).values() if isinstance(value, Exerci
 def short_search(monkeypatch):
     """A few steps towards the simplest counter-example are enough here."""
     monkeypatch.setattr(autograder.judge, "SHRINK_RUNS", 5)
-
-
-def lost(reference, function, seed=0):
-    """The names of the checks that ``function`` fails."""
-    exercise = exercises()[reference.__name__]
-    verdict = judge(exercise, Local(function), seed, explain=False)
-    return [result.check for result in verdict.results if not result.earned]
 
 
 # --- one mistake costs one check -----------------------------------------------------------------

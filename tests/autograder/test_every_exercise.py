@@ -7,6 +7,7 @@ What is special to a lab's exercises is in test_checks_<file>.py.
 import re
 
 import pytest
+from judged import points_of
 
 import autograder.judge
 from autograder.candidate import Local
@@ -31,11 +32,6 @@ def every(part):
 def short_search(monkeypatch):
     """A few steps towards the simplest counter-example are enough here."""
     monkeypatch.setattr(autograder.judge, "SHRINK_RUNS", 5)
-
-
-def points_of(exercise, function, seed=0):
-    verdict = judge(exercise, Local(function), seed, explain=False)
-    return {result.check: result.earned for result in verdict.results}
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
