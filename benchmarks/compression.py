@@ -35,7 +35,6 @@ import torch
 import typer
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from sparse_training import mean_and_error, print_order, print_table, processor
 from torch import Tensor
@@ -51,6 +50,7 @@ from fewer.models import (
     replaced_products,
     replaced_weights,
 )
+from fewer.progress import track
 from fewer.quantization import (
     bits_per_weight,
     calibrate_smoothing,
@@ -396,9 +396,7 @@ def main(
             results = pool.map(one, chosen)
         else:
             results = map(one, chosen)
-        for row in track(
-            results, "compress and read", len(chosen), console=Console(stderr=True), transient=True
-        ):
+        for row in track(results, "compress and read", len(chosen)):
             rows.append(row)
             print(f"{row['method']:12} {row['setting']:45} {row['perplexity']:12,.2f}", flush=True)
 

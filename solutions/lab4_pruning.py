@@ -40,8 +40,6 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
-from rich.console import Console
-from rich.progress import track
 
 import fewer.sparsity as library
 from fewer.data import calibration_text, evaluation_text, mnist1d
@@ -55,6 +53,7 @@ from fewer.models import (
     replaced_weights,
 )
 from fewer.plots import GREY, INK, PALETTE, RULE, direct_label, figure, frame, log_axis, style
+from fewer.progress import track
 from fewer.sizes import sized
 
 style()
@@ -929,7 +928,7 @@ plt.show()
 # %% tags=["demo"]
 PRUNED = [name for name in layers if int(name.split(".")[1]) < sized(model.config.n_layers, 1)]
 loudness, factors, seen = {}, {}, {}
-for name in track(PRUNED, "Hessians", console=Console(stderr=True), transient=True):
+for name in track(PRUNED, "Hessians"):
     x = inputs[name]
     if x.data_ptr() not in seen:  # q, k and v read the same input, and so do gate and up
         seen[x.data_ptr()] = x.norm(dim=0), inverse_cholesky(input_hessian(x)).float()

@@ -48,14 +48,13 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 import fewer.peft as library
 from fewer.data import passages
 from fewer.models import linear_layers, load_minilm
 from fewer.plots import GREY, INK, PALETTE, RULE, direct_label, figure, frame, log_axis, style
+from fewer.progress import track
 from fewer.sizes import sized
 from fewer.sparsity import magnitude_mask
 
@@ -193,10 +192,8 @@ METHODS = {
     "DoRA": lambda seed: (low_rank(library.dora, seed=seed), upper),
     "QLoRA": lambda seed: (low_rank(library.lora, seed=seed, layers=four_bit), four_bit),
 }
-console, runs = Console(stderr=True), {}
-for method, seed in track(
-    [(m, s) for m in METHODS for s in SEEDS], "train", console=console, transient=True
-):
+runs = {}
+for method, seed in track([(m, s) for m in METHODS for s in SEEDS], "train"):
     wraps, layers = METHODS[method](seed)
     runs[method, seed] = train(wraps, seed, RATES[method], layers)
 for method in METHODS:
@@ -1140,7 +1137,7 @@ for method, memory in (
 # %% tags=["demo"]
 by_rank = {}
 settings = [(rank, lr) for lr in (RATES["LoRA"], 1.5e-2) for rank in sized((1, 8, 32), (1, 8))]
-for rank, lr in track(settings, "ranks", console=console, transient=True):
+for rank, lr in track(settings, "ranks"):
     by_rank[rank, lr] = [
         runs["LoRA", seed].accuracy
         if (rank, lr) == (8, RATES["LoRA"])

@@ -39,13 +39,12 @@ import time
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 
 import fewer.inference as library
 from fewer.data import evaluation_text
 from fewer.models import KVCache, load_smollm2
 from fewer.plots import GREY, GRID, INK, PALETTE, RULE, direct_label, figure, frame, log_axis, style
+from fewer.progress import track
 from fewer.sizes import sized
 
 style()
@@ -297,8 +296,7 @@ def read(rows, cache, chunk, what=""):
     inputs, targets = rows[:, :-1].split(chunk, dim=1), rows[:, 1:].split(chunk, dim=1)
     steps = zip(inputs, targets, strict=True)
     if what:
-        console = Console(stderr=True)
-        steps = track(steps, what, total=len(inputs), console=console, transient=True)
+        steps = track(steps, what, len(inputs))
     for tokens, following in steps:
         logits = model(tokens, cache).float()
         losses.append(F.cross_entropy(logits.mT, following, reduction="none"))
@@ -555,7 +553,7 @@ check(streaming_llm_scores)
 FAR = sized((4, 4000, 8000, 12_000, 16_000, 24_000, 32_000), (4, 16_000))
 AFTER = sized(192, 32)
 far = []
-for start in track(FAR, "far away", console=Console(stderr=True), transient=True):
+for start in track(FAR, "far away"):
     cache = KVCache()
     model.hidden(TOKENS[None, :4], cache)
     after = TOKENS[4 : AFTER + 5]
@@ -838,14 +836,13 @@ def recomputed(tokens, budget, chunk):
     """What a window read anew says: the losses of each chunk, seen from `budget` tokens before it."""
     windows = tokens.unfold(0, budget + chunk + 1, chunk)
     parts = windows.split(8)
-    console = Console(stderr=True)
     losses = [
         F.cross_entropy(
             model.logits(model.hidden(part[:, :-1])[:, -chunk:]).float().mT,
             part[:, -chunk:],
             reduction="none",
         )
-        for part in track(parts, "reading anew", console=console, transient=True)
+        for part in track(parts, "reading anew")
     ]
     return torch.cat(losses).flatten()  # of the tokens from budget + 1 on
 

@@ -27,11 +27,18 @@ def test_the_script_runs_and_passes_its_own_checks(lab):
     assert "✗" not in run.stdout
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("lab", LABS)
 def test_the_solution_notebook_runs_in_a_kernel_and_every_check_is_full(lab, monkeypatch, tmp_path):
     monkeypatch.setenv("FEWER_SMALL", "1")
     notebook = source_notebook(lab.script)
-    NotebookClient(notebook, timeout=280, resources={"metadata": {"path": tmp_path}}).execute()
+    # A cell that hangs is interrupted before pytest gives up, so that its traceback says where.
+    NotebookClient(
+        notebook,
+        timeout=200,
+        interrupt_on_timeout=True,
+        resources={"metadata": {"path": tmp_path}},
+    ).execute()
     verdicts = {
         cell.id: Verdict.from_json(output.data[MIME])
         for cell in notebook.cells

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
+
+from fewer.progress import track
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ def perplexity(
     # The last window is the first that reaches the end.
     starts = range(0, max(n - context, 0) + stride, stride)
     loss, scored = torch.zeros((), dtype=torch.float64), 0
-    console = Console(stderr=True)
-    for start in track(starts, "perplexity", console=console, disable=not progress, transient=True):
+    for start in track(starts, "perplexity", progress=progress):
         end = min(start + context, n)
         logits = model(inputs[None, start:end])[0, scored - start :]
         losses = F.cross_entropy(logits.float(), targets[scored:end], reduction="none")

@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from fewer.models.llama import KVCache, Llama
+from fewer.progress import track
 from fewer.validate import require_int
 
 
@@ -70,7 +69,7 @@ def stream_losses(
     require_int(chunk, "chunk", 1)
     losses, seconds = torch.empty(len(_text(tokens)) - 1), []
     starts = range(0, len(losses), chunk)
-    for start in _tracked(starts, progress):
+    for start in track(starts, "reading", progress=progress):
         begin = time.perf_counter()
         end = min(start + chunk, len(losses))
         logits = model(tokens[None, start:end], cache)[0]
@@ -115,7 +114,7 @@ def recomputed_losses(
     last = len(_text(tokens)) - 2
     steps = list(range(last + 1) if steps is None else steps)
     losses, seconds = torch.empty(len(steps)), []
-    for i, t in enumerate(_tracked(steps, progress)):
+    for i, t in enumerate(track(steps, "reading", progress=progress)):
         require_int(t, "a step", 0, last)
         begin = time.perf_counter()
         hidden = model.hidden(tokens[None, max(t + 1 - window, 0) : t + 1])[0, -1]
@@ -130,8 +129,3 @@ def _text(tokens: Tensor) -> Tensor:
             f"tokens must be a vector of 2 or more ids, got shape {tuple(tokens.shape)}"
         )
     return tokens
-
-
-def _tracked(steps: Iterable[int], progress: bool) -> Iterable[int]:
-    console = Console(stderr=True)
-    return track(steps, "reading", console=console, disable=not progress, transient=True)

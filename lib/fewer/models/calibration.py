@@ -19,13 +19,12 @@ from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from fewer.models.hooks import replaced_inputs
 from fewer.models.linears import linear_layers
 from fewer.models.llama import KVCache, Llama
+from fewer.progress import track
 
 
 class _NoCache(KVCache):
@@ -81,8 +80,7 @@ def compressed_sequentially(
         raise ValueError(f"tokens must be a matrix of token ids, got shape {tuple(tokens.shape)}")
     layers = linear_layers(model)
     originals = {name: layer.weight for name, layer in layers.items()}
-    bar = Progress(console=Console(stderr=True), disable=not progress, transient=True)
-    task = bar.add_task("compress", total=len(layers))
+    bar = track(what="compress", total=len(layers), progress=progress)
 
     def replace(name: str, x: Tensor) -> Tensor:
         old = originals[name]
@@ -93,7 +91,7 @@ def compressed_sequentially(
                 f"got {tuple(new.shape)}"
             )
         layers[name].weight = nn.Parameter(new.detach().to(old), requires_grad=False)
-        bar.advance(task)
+        bar.update()
         return x
 
     try:

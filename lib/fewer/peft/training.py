@@ -11,11 +11,10 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from fewer.peft.attach import Wrap
+from fewer.progress import track
 
 
 def whole(*names: str) -> dict[str, Wrap]:
@@ -95,8 +94,8 @@ def fine_tune(
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
-    console, losses, order = Console(stderr=True), [], torch.empty(0, dtype=torch.long)
-    for t in track(range(steps), "train", console=console, disable=not progress, transient=True):
+    losses, order = [], torch.empty(0, dtype=torch.long)
+    for t in track(range(steps), "train", progress=progress):
         if len(order) < min(batch, len(x)):
             order = torch.cat([order, torch.randperm(len(x), generator=generator)])
         rows, order = order[:batch].to(x.device), order[batch:]
