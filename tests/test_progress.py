@@ -5,8 +5,6 @@ import sys
 import threading
 import time
 
-import pytest
-
 from fewer.progress import track
 
 
@@ -25,8 +23,8 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
-@pytest.fixture
-def terminal(monkeypatch):
+def watched(monkeypatch):
+    """For a test's body: pytest sets stderr anew after the fixtures."""
     stderr = Terminal()
     monkeypatch.setattr(sys, "stderr", stderr)
     return stderr
@@ -38,7 +36,8 @@ def slow(steps):
         yield step
 
 
-def test_a_terminal_shows_it_from_the_working_thread_and_it_is_gone_in_the_end(terminal):
+def test_a_terminal_shows_it_from_the_working_thread_and_it_is_gone_in_the_end(monkeypatch):
+    terminal = watched(monkeypatch)
     assert list(track(slow(range(8)), "count", 8, delay=0)) == list(range(8))
     assert "count" in terminal.getvalue()
     assert "8/8" in terminal.getvalue() or "7/8" in terminal.getvalue()
@@ -47,7 +46,8 @@ def test_a_terminal_shows_it_from_the_working_thread_and_it_is_gone_in_the_end(t
     assert terminal.writers == {threading.current_thread()}
 
 
-def test_what_is_quick_or_not_wanted_shows_nothing(terminal):
+def test_what_is_quick_or_not_wanted_shows_nothing(monkeypatch):
+    terminal = watched(monkeypatch)
     assert list(track(range(50), "count")) == list(range(50))
     assert list(track(range(50), "count", progress=False, delay=0)) == list(range(50))
     assert terminal.getvalue().strip() == ""
