@@ -819,6 +819,10 @@ note(
 plt.show()
 
 # %% [markdown]
+# For keys the paper's choice cannot be missed. For values the paper takes tokens, and here, at 2 bits, channels come out a little
+# better. That is the error of the numbers themselves; attention then mixes the values of few tokens, and the paper finds that a range for each token
+# disturbs that mixture less. It is also simpler: a token's values can be quantized when it comes, with no group to wait for.
+#
 # ## 9.8 Along a long text
 #
 # Now all of it together. Five ways to read the same text: the whole cache (*dense*); a window; sinks and window; H2O; and
