@@ -39,7 +39,8 @@ def slow(steps):
 def test_a_terminal_shows_it_from_the_working_thread_and_it_is_gone_in_the_end(monkeypatch):
     terminal = watched(monkeypatch)
     assert list(track(slow(range(8)), "count", 8, delay=0)) == list(range(8))
-    assert "count:" in terminal.getvalue() and "/8" in terminal.getvalue()
+    assert "count:" in terminal.getvalue()
+    assert "/8" in terminal.getvalue()
     assert terminal.getvalue().rpartition("\r")[2].strip() == ""
     assert terminal.getvalue().split("\r")[-2].strip() == ""  # the line has been wiped
     assert terminal.writers == {threading.current_thread()}
