@@ -31,7 +31,7 @@ class Compiled(NamedTuple):
     kernel: str
     # Types of the arguments that are no constants, "*bf16" a pointer; ":16" says divisible by 16.
     signature: dict[str, str]
-    constants: dict[str, Any]
+    constants: dict[str, Any]  # UNPACK: the module whose function it is
     options: dict[str, int]  # num_warps, num_stages
 
     @property
@@ -66,8 +66,11 @@ def _weight_only(module: str, tiles: str, stages: int = 3, **others: Any) -> Com
     types = {n: t for n, t in others.items() if n.endswith("_ptr") and t is not None}
     constants = {n: v for n, v in others.items() if n not in types}
     constants = {**values, "EVEN": True, "ASM": True, **constants}
+    constants |= {"SLICES": 2 if module == "w8a16" else 4, "UNPACK": f"fewer.kernels.{module}"}
+    if "zero_ptr" not in types:
+        constants["zero_ptr"] = None
     return Compiled(
-        f"fewer.kernels.{module}", "_kernel", {**WEIGHT_ONLY, **types}, constants, options
+        "fewer.kernels.w4a16", "packed_kernel", {**WEIGHT_ONLY, **types}, constants, options
     )
 
 
@@ -82,8 +85,11 @@ def _nf4(tiles: str, **others: Any) -> Compiled:
         "levels_ptr": made.signature["x_ptr"],
         "dynamic_ptr": "*fp32:16",
     }
-    constants = {n: v for n, v in made.constants.items() if n not in ("GROUP", "EVEN")}
-    return made._replace(signature=types, constants=constants)
+    absent = ("GROUP", "EVEN", "SLICES", "UNPACK", "zero_ptr")
+    constants = {n: v for n, v in made.constants.items() if n not in absent}
+    return made._replace(
+        module="fewer.kernels.nf4", kernel="_kernel", signature=types, constants=constants
+    )
 
 
 def _int8(kernel: str, kind: str, group: int, width: int, rows: int, warps: int = 4) -> Compiled:
@@ -102,16 +108,15 @@ def _int8(kernel: str, kind: str, group: int, width: int, rows: int, warps: int 
 
 
 KERNELS: list[Compiled] = [
-    _weight_only("w4a16", "128 128 128 64 8 4 4", zero_ptr=None),
-    _weight_only("w4a16", "64 64 64 64 16 4 4", zero_ptr=None),
-    _weight_only("w4a16", "32 32 32 128 64 1 8", zero_ptr=None),
+    _weight_only("w4a16", "128 128 128 64 8 4 4"),
+    _weight_only("w4a16", "64 64 64 64 16 4 4"),
+    _weight_only("w4a16", "32 32 32 128 64 1 8"),
     _weight_only("w4a16", "128 128 64 64 8 4 4", zero_ptr="*u8:16", EVEN=False),
-    _weight_only("w4a16", "128 128 128 64 8 4 4", zero_ptr=None, ASM=False),
+    _weight_only("w4a16", "128 128 128 64 8 4 4", ASM=False),
     _weight_only("w4a16", "128 128 32 128 64 1 8", zero_ptr="*u8:16"),
     _weight_only(
         "w4a16",
         "128 128 128 64 8 4 4",
-        zero_ptr=None,
         **HALF,
     ),
     _int8("_quantize_kernel", "*bf16:16", 4096, 4096, 1),
@@ -256,7 +261,9 @@ KERNELS += [
 ]  # fmt: skip
 
 
-ONCE = list({(c.module, c.kernel): c for c in reversed(KERNELS)}.values())[::-1]
+ONCE = list(
+    {(c.module, c.kernel, c.constants.get("UNPACK")): c for c in reversed(KERNELS)}.values()
+)[::-1]
 TESTED = KERNELS if os.environ.get("FEWER_COMPILE_ALL") else ONCE
 SPILLED = 16  # bytes a thread that one version of Triton may spill where another one does not
 
@@ -276,11 +283,14 @@ def _compile(compiled: Compiled, out: Path | None) -> dict[str, Any]:
     if not isinstance(kernel, triton.JITFunction):  # a kernel of the lab, on_copies
         kernel = triton.jit(kernel.__wrapped__)
     names = kernel.arg_names
+    constants = dict(compiled.constants)
+    if "UNPACK" in constants:
+        constants["UNPACK"] = importlib.import_module(constants["UNPACK"])._unpack
     types = {n: t.removesuffix(":16") for n, t in compiled.signature.items()}
     source = ASTSource(
         fn=kernel,
         signature={n: types.get(n, "constexpr") for n in names},
-        constexprs={(names.index(n),): value for n, value in compiled.constants.items()},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={
             (names.index(n),): [["tt.divisibility", 16]]
             for n, t in compiled.signature.items()

@@ -23,6 +23,15 @@ LONGEST = 32768  # values of a group; they must fit in the registers of one prog
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@triton.jit
+def _places(groups, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Program p has groups p ROWS to (p + 1) ROWS - 1, each of GROUP values, in WIDTH columns."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    place = row[:, None] * GROUP + column[None, :]
+    return row, place, (row < groups)[:, None] & (column < GROUP)[None, :]
+
+
 @triton.jit(do_not_specialize=["groups"])
 def _quantize_kernel(
     x_ptr,
@@ -33,11 +42,7 @@ def _quantize_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Program p: groups p ROWS to (p + 1) ROWS - 1, each of GROUP values, in WIDTH columns."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    place = row[:, None] * GROUP + column[None, :]
-    inside = (row < groups)[:, None] & (column < GROUP)[None, :]
+    row, place, inside = _places(groups, GROUP, WIDTH, ROWS)
     x = tl.load(x_ptr + place, inside, other=0.0).to(tl.float32)
     scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0)
     scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)  # zeros, as quantize_symmetric
@@ -62,11 +67,7 @@ def _dequantize_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Program p: groups p ROWS to (p + 1) ROWS - 1, each of GROUP values, in WIDTH columns."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    place = row[:, None] * GROUP + column[None, :]
-    inside = (row < groups)[:, None] & (column < GROUP)[None, :]
+    row, place, inside = _places(groups, GROUP, WIDTH, ROWS)
     scale = tl.load(scale_ptr + row, row < groups, other=0.0)
     codes = tl.load(codes_ptr + place, inside, other=0).to(tl.float32)
     tl.store(out_ptr + place, (codes * scale[:, None]).to(out_ptr.dtype.element_ty), inside)

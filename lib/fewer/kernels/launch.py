@@ -1,8 +1,9 @@
 """What the kernels of this folder share where they are launched: notice, configuration, counters.
 
 No paper. A kernel is fast in one configuration (tile sizes, warps, stages) and slow in others, and
-which one is best depends on the shape. A search takes minutes, so it was made once, on a GPU, and
-its result is stored in configs.json beside this file:
+which one is best depends on the shape. A search takes minutes, so its result is stored, in
+configs.json beside this file; what is not in there (as long as no search has been made, nothing is)
+has the default that each kernel comes with:
 
     {"w4a16": [[{"m": 1, "n": 28672, "k": 8192}, {"BLOCK_N": 64, "num_warps": 4}], ...], ...}
 """

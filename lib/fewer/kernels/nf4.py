@@ -30,10 +30,9 @@ import triton.language as tl
 from jaxtyping import Float, Int16, Int32, UInt8
 from torch import Tensor
 
-from fewer.kernels.interpreter import interpreted
 from fewer.kernels.launch import config, fall_back
 from fewer.kernels.split_k import default_settings, scratch, store_sum
-from fewer.kernels.w4a16 import DTYPES, block_of, load_of_slices
+from fewer.kernels.w4a16 import DTYPES, block_of, has_ptx, load_of_slices
 from fewer.peft.nf4 import NF4, dynamic_levels, nf4_levels, unpack_nibbles
 
 BLOCK = 64  # columns that share a scale
@@ -281,7 +280,7 @@ def _launch(
         *(x, *w, *_tables(x.dtype, x.device), out, partial, counter),
         *(m, n, k, x.stride(0), w.packed.stride(0)),
         WIDTH=width,
-        ASM=not interpreted() and torch.version.cuda is not None,
+        ASM=has_ptx(),
         **settings,
     )
 

@@ -1,4 +1,4 @@
-"""y = x W^T with W in 4 bits: a quarter of the bytes, multiplied as fast as they arrive.
+"""y = x W^T with W in 4 bits: a quarter of the bytes, to be multiplied as they arrive.
 
 Frantar, Castro, Chen, Hoefler & Alistarh 2024, "MARLIN: Mixed-precision auto-regressive parallel
 inference on large language models" (arXiv 2408.11743), shows that a product with 4-bit weights can
@@ -26,7 +26,7 @@ take from registers, where they are unpacked. With few rows of x, several progra
 (`split_k`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -203,7 +203,7 @@ def _layout(packed: Tensor, scale: Tensor, columns: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _slices(words, dtype: tl.constexpr, ASM: tl.constexpr):
+def _unpack(words, dtype: tl.constexpr, ASM: tl.constexpr):
     """Four tiles of q - 8 in this type, from a tile of words."""
     if ASM and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -249,7 +249,7 @@ def load_of_slices(
 
 
 @triton.jit(do_not_specialize=["m"])
-def _kernel(
+def packed_kernel(
     x_ptr,
     packed_ptr,
     scale_ptr,
@@ -269,8 +269,12 @@ def _kernel(
     BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,  # k is a multiple of the block
+    SLICES: tl.constexpr,  # of a block
+    UNPACK: tl.constexpr,  # the function that makes of words as many tiles of weights
     ASM: tl.constexpr,
 ):
+    """A tile of y^T and a part of k: of packed weights, whatever they are unpacked to."""
+    BLOCK: tl.constexpr = SLICES * WIDTH
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     CHUNKS: tl.constexpr = WIDTH // TILE  # of a block
     split, tile_n, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -281,25 +285,25 @@ def _kernel(
     words_ptr = packed_ptr + some_row.to(tl.int64)[:, None] * stride_w + c[None, :]
     tokens_ptr = x_ptr + token.to(tl.int64)[:, None] * stride_x
 
-    steps = tl.cdiv(k, 4 * WIDTH) * CHUNKS
+    steps = tl.cdiv(k, BLOCK) * CHUNKS
     first, last = split * steps // SPLIT, (split + 1) * steps // SPLIT
-    begin = tl.minimum(first, steps - 1) // CHUNKS * (4 * WIDTH)
-    scales = load_of_slices(scale_ptr, begin, some_row, n, GROUP, WIDTH, 4)
+    begin = tl.minimum(first, steps - 1) // CHUNKS * BLOCK
+    scales = load_of_slices(scale_ptr, begin, some_row, n, GROUP, WIDTH, SLICES)
     zeros = scales
     if zero_ptr is not None:
-        zeros = load_of_slices(zero_ptr, begin, some_row, n, GROUP, WIDTH, 4)
+        zeros = load_of_slices(zero_ptr, begin, some_row, n, GROUP, WIDTH, SLICES)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(first, last):
         words = tl.load(words_ptr + step * TILE)
         # Scales are loaded a step ahead: the compiler does that for operands of products alone.
-        ahead = tl.minimum(step + 1, steps - 1) // CHUNKS * (4 * WIDTH)
-        next_scales = load_of_slices(scale_ptr, ahead, some_row, n, GROUP, WIDTH, 4)
+        ahead = tl.minimum(step + 1, steps - 1) // CHUNKS * BLOCK
+        next_scales = load_of_slices(scale_ptr, ahead, some_row, n, GROUP, WIDTH, SLICES)
         next_zeros = next_scales
         if zero_ptr is not None:
-            next_zeros = load_of_slices(zero_ptr, ahead, some_row, n, GROUP, WIDTH, 4)
-        slices = _slices(words, dtype, ASM)
-        column = step // CHUNKS * (4 * WIDTH) + step % CHUNKS * TILE + c
-        for j in tl.static_range(4):
+            next_zeros = load_of_slices(zero_ptr, ahead, some_row, n, GROUP, WIDTH, SLICES)
+        slices = UNPACK(words, dtype, ASM)
+        column = step // CHUNKS * BLOCK + step % CHUNKS * TILE + c
+        for j in tl.static_range(SLICES):
             live = (token < m)[:, None]
             if not EVEN:
                 live = live & (column + j * WIDTH < k)[None, :]
@@ -324,19 +328,50 @@ def _launch(
     settings: dict[str, int],
 ) -> None:
     """Write y to `out`, which has consecutive elements, as x has along k."""
-    (m, n), k = out.shape, w.columns
-    block, group = _layout(w.packed, w.scale, k)
-    settings = {**settings, "TILE": min(settings["TILE"], block // 4)}
-    grid = (settings["SPLIT"], -(-n // settings["BLOCK_N"]), -(-m // settings["BLOCK_M"]))
-    _kernel[grid](
-        *(x, w.packed, w.scale, w.zero, out, partial, counter, m, n, k),
-        *(x.stride(0), w.packed.stride(0)),
+    block, group = _layout(w.packed, w.scale, w.columns)
+    launch_packed(
+        *(x, w.packed, w.scale, w.zero, w.columns, out, partial, counter, settings),
+        block=block,
         GROUP=group,
-        WIDTH=block // 4,
-        EVEN=k % block == 0,
-        ASM=not interpreted() and torch.version.cuda is not None,
-        **settings,
+        SLICES=4,
+        UNPACK=_unpack,
     )
+
+
+def launch_packed(
+    x: Float[Tensor, "m k"],
+    packed: Int16[Tensor, "n words"],
+    scale: Float[Tensor, "groups n"],
+    zero: UInt8[Tensor, "groups n"] | None,
+    k: int,
+    out: Float[Tensor, "m n"],
+    partial: Float[Tensor, "split m n"],
+    counter: Int32[Tensor, "tiles"],
+    settings: dict[str, int],
+    *,
+    block: int,
+    SLICES: int,
+    **constants: Any,
+) -> None:
+    """Launch `packed_kernel` on weights of any number of bits."""
+    m, n = out.shape
+    width = block // SLICES
+    settings = {**settings, "TILE": min(settings["TILE"], width)}
+    grid = (settings["SPLIT"], -(-n // settings["BLOCK_N"]), -(-m // settings["BLOCK_M"]))
+    packed_kernel[grid](
+        *(x, packed, scale, zero, out, partial, counter, m, n, k, x.stride(0), packed.stride(0)),
+        WIDTH=width,
+        EVEN=k % block == 0,
+        SLICES=SLICES,
+        ASM=has_ptx(),
+        **settings,
+        **constants,
+    )
+
+
+def has_ptx() -> bool:
+    """Whether kernels may hold instructions of NVIDIA's: not in the interpreter, for one."""
+    return not interpreted() and torch.version.cuda is not None
 
 
 @torch.library.custom_op("fewer::w4a16_matmul", mutates_args=())
@@ -368,8 +403,8 @@ def w4a16_matmul(x: Float[Tensor, "*rows k"], w: W4) -> Float[Tensor, "*rows n"]
     """x W^T, with sums in float32. No gradient.
 
     Args:
-        x: in the type of w.scale. Few rows are what it is fast with: up to 16 it is a matter of the
-            bytes of w alone.
+        x: in the type of w.scale. Few rows are what it is made for: up to 16, the bytes of w are
+            nearly all that there is to move.
         w: from `quantize_w4` or `pack_w4`, on the same device.
 
     Returns:

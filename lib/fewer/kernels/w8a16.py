@@ -6,7 +6,8 @@ a scale for each row of W, or for each group G of its columns:
 
     y[m, n] = sum over G of  scale[G, n] * sum over k in G of  q[n, k] x[m, k],     |q| <= 127
 
-Two codes a word of 16 bits, of two slices of a block of columns, as `w4a16` has four.
+Two codes a word of 16 bits, of two slices of a block of columns, as `w4a16` has four. The kernel is
+its `packed_kernel`, with another function to unpack.
 
 **Unpacking.** float16 holds 1024 + 128 + q exactly: of the bits of q in two's complement the sign
 bit is flipped, and 0x6400 set. bfloat16 has room for 7 bits behind 0x43, which is 128; but the bit
@@ -25,14 +26,13 @@ import triton.language as tl
 from jaxtyping import Float, Int8, Int16, Int32
 from torch import Tensor
 
-from fewer.kernels.interpreter import interpreted
 from fewer.kernels.launch import config, fall_back
-from fewer.kernels.split_k import default_settings, scratch, store_sum
+from fewer.kernels.split_k import default_settings, scratch
 from fewer.kernels.w4a16 import (
     DTYPES,
     GROUPS,
     block_of,
-    load_of_slices,
+    launch_packed,
     require_group,
     require_operands,
 )
@@ -154,7 +154,7 @@ def _layout(packed: Tensor, scale: Tensor, columns: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _slices(words, dtype: tl.constexpr, ASM: tl.constexpr):
+def _unpack(words, dtype: tl.constexpr, ASM: tl.constexpr):
     """Two tiles of q in this type, from a tile of words."""
     if ASM and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -178,60 +178,6 @@ def _slices(words, dtype: tl.constexpr, ASM: tl.constexpr):
         return (((words & 255) ^ 128) - 128).to(dtype), (words >> 8).to(dtype)
 
 
-@triton.jit(do_not_specialize=["m"])
-def _kernel(
-    x_ptr,
-    packed_ptr,
-    scale_ptr,
-    out_ptr,
-    partial_ptr,
-    counter_ptr,
-    m,
-    n,
-    k,
-    stride_x,
-    stride_w,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,  # of a slice
-    TILE: tl.constexpr,  # words that are unpacked at a time, at most WIDTH
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EVEN: tl.constexpr,  # k is a multiple of the block
-    ASM: tl.constexpr,
-):
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    CHUNKS: tl.constexpr = WIDTH // TILE  # of a block
-    split, tile_n, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    some_row = tl.minimum(row, n - 1)
-    token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tl.arange(0, TILE)
-    words_ptr = packed_ptr + some_row.to(tl.int64)[:, None] * stride_w + c[None, :]
-    tokens_ptr = x_ptr + token.to(tl.int64)[:, None] * stride_x
-
-    steps = tl.cdiv(k, 2 * WIDTH) * CHUNKS
-    first, last = split * steps // SPLIT, (split + 1) * steps // SPLIT
-    begin = tl.minimum(first, steps - 1) // CHUNKS * (2 * WIDTH)
-    scales = load_of_slices(scale_ptr, begin, some_row, n, GROUP, WIDTH, 2)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in range(first, last):
-        words = tl.load(words_ptr + step * TILE)
-        ahead = tl.minimum(step + 1, steps - 1) // CHUNKS * (2 * WIDTH)
-        next_scales = load_of_slices(scale_ptr, ahead, some_row, n, GROUP, WIDTH, 2)
-        slices = _slices(words, dtype, ASM)
-        column = step // CHUNKS * (2 * WIDTH) + step % CHUNKS * TILE + c
-        for j in tl.static_range(2):
-            live = (token < m)[:, None]
-            if not EVEN:
-                live = live & (column + j * WIDTH < k)[None, :]
-            x = tl.trans(tl.load(tokens_ptr + (column + j * WIDTH)[None, :], live, other=0.0))
-            acc += scales[j].to(tl.float32)[:, None] * tl.dot(slices[j], x)
-        scales = next_scales
-    tile = tile_m * tl.num_programs(1) + tile_n
-    store_sum(acc, out_ptr, partial_ptr, counter_ptr, split, tile, row, token, m, n, SPLIT)
-
-
 def _launch(
     x: Float[Tensor, "m k"],
     w: W8,
@@ -241,17 +187,13 @@ def _launch(
     settings: dict[str, int],
 ) -> None:
     """Write y to `out`, which has consecutive elements, as x has along k."""
-    (m, n), k = out.shape, w.columns
     block, group = _layout(*w)
-    settings = {**settings, "TILE": min(settings["TILE"], block // 2)}
-    grid = (settings["SPLIT"], -(-n // settings["BLOCK_N"]), -(-m // settings["BLOCK_M"]))
-    _kernel[grid](
-        *(x, w.packed, w.scale, out, partial, counter, m, n, k, x.stride(0), w.packed.stride(0)),
+    launch_packed(
+        *(x, w.packed, w.scale, None, w.columns, out, partial, counter, settings),
+        block=block,
         GROUP=group,
-        WIDTH=block // 2,
-        EVEN=k % block == 0,
-        ASM=not interpreted() and torch.version.cuda is not None,
-        **settings,
+        SLICES=2,
+        UNPACK=_unpack,
     )
 
 
