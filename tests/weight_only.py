@@ -1,41 +1,39 @@
 """What the tests of products with quantized weights share: how a kernel is launched and watched."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
+import pytest
 import torch
+from launched import launched
 from torch import Tensor
 
-from fewer.kernels.interpreter import Trace, interpreted, watched
+from fewer.kernels import nf4, w4a16
+from fewer.kernels.interpreter import Trace
 from fewer.kernels.split_k import scratch
 
 SMALL = {"BLOCK_M": 8, "BLOCK_N": 64, "TILE": 128, "num_warps": 4, "num_stages": 3}
 
 
 def launch(
-    kernel: Callable[..., None],
+    launcher: Callable[..., None],
     x: Tensor,
     weights: Any,
     n: int,
     settings: dict[str, int],
-    tables: dict[str, Tensor] | None = None,
     seed: int | None = None,
 ) -> tuple[Tensor, Trace | None]:
     """y and what was touched, with poison wherever the kernel must write, and guards around all."""
     m = x.shape[0]
     out = torch.full((m, n), float("nan"), dtype=x.dtype, device=x.device)
     partial, counter = scratch(m, n, settings, x.device)
-    if settings["SPLIT"] > 1:
-        partial.fill_(float("nan"))
-    named = {name: t for name, t in weights._asdict().items() if isinstance(t, Tensor)}
-    named |= {"x": x, "out": out, "partial": partial, "counter": counter, **(tables or {})}
-    with ExitStack() as stack:
-        trace = stack.enter_context(watched(named, seed)) if interpreted() else None
-        kernel(x, weights, out, partial, counter, settings)
+    module, name = (nf4, "_kernel") if launcher is nf4._launch else (w4a16, "packed_kernel")
+    with pytest.MonkeyPatch.context() as patch:
+        kernel = launched(patch, module, name, "out partial", seed)
+        launcher(x, weights, out, partial, counter, settings)
     if settings["SPLIT"] > 1:
         assert not counter.any(), "the last program must set its counter back"
-    return out, trace
+    return out, kernel.traces[-1]
 
 
 def excess(y: Tensor, x: Tensor, w: Tensor) -> float:

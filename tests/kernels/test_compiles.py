@@ -68,7 +68,7 @@ def _weight_only(module: str, tiles: str, stages: int = 3, **others: Any) -> Com
     constants = {**values, "EVEN": True, "ASM": True, **constants}
     constants |= {"SLICES": 2 if module == "w8a16" else 4, "UNPACK": f"fewer.kernels.{module}"}
     if "zero_ptr" not in types:
-        constants["zero_ptr"] = None
+        constants |= {"zero_ptr": None, "sums_ptr": None}
     return Compiled(
         "fewer.kernels.w4a16", "packed_kernel", {**WEIGHT_ONLY, **types}, constants, options
     )
@@ -85,7 +85,7 @@ def _nf4(tiles: str, **others: Any) -> Compiled:
         "levels_ptr": made.signature["x_ptr"],
         "dynamic_ptr": "*fp32:16",
     }
-    absent = ("GROUP", "EVEN", "SLICES", "UNPACK", "zero_ptr")
+    absent = ("GROUP", "EVEN", "SLICES", "UNPACK", "zero_ptr", "sums_ptr")
     constants = {n: v for n, v in made.constants.items() if n not in absent}
     return made._replace(
         module="fewer.kernels.nf4", kernel="_kernel", signature=types, constants=constants
@@ -111,9 +111,11 @@ KERNELS: list[Compiled] = [
     _weight_only("w4a16", "128 128 128 64 8 4 4"),
     _weight_only("w4a16", "64 64 64 64 16 4 4"),
     _weight_only("w4a16", "32 32 32 128 64 1 8"),
-    _weight_only("w4a16", "128 128 64 64 8 4 4", zero_ptr="*u8:16", EVEN=False),
+    _weight_only(
+        "w4a16", "128 128 64 64 8 4 4", zero_ptr="*u8:16", sums_ptr="*fp32:16", EVEN=False
+    ),
     _weight_only("w4a16", "128 128 128 64 8 4 4", ASM=False),
-    _weight_only("w4a16", "128 128 32 128 64 1 8", zero_ptr="*u8:16"),
+    _weight_only("w4a16", "128 128 32 128 64 1 8", zero_ptr="*u8:16", sums_ptr="*fp32:16"),
     _weight_only(
         "w4a16",
         "128 128 128 64 8 4 4",

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewer.kernels import launch
+from fewer.kernels import fast_hadamard, flash_decode, launch
+from fewer.kernels.split_k import default_settings
 
 
 @pytest.fixture
@@ -37,6 +38,34 @@ def test_what_is_not_stored_has_its_default() -> None:
     default = {"BLOCK": 64}
     assert launch.config("another", default, m=1) == default
     assert launch.config("another", default, m=1) is not default
+
+
+WEIGHT_ONLY = (set(default_settings(1, 64, 64)), {"m", "n", "k"})
+HADAMARD = (set(fast_hadamard.DEFAULT), {"rows", "n"})
+ATTENTION = (set(flash_decode.DEFAULT), {"pairs", "rows", "d", "tokens"})
+STORED = {
+    "decode_attention_16": ATTENTION,
+    "decode_attention_4": ATTENTION,
+    "decode_attention_8": ATTENTION,
+    "hadamard_16": HADAMARD,
+    "nf4": WEIGHT_ONLY,
+    "w4a16": WEIGHT_ONLY,
+    "w4a16_zeros": WEIGHT_ONLY,
+    "w8a16": WEIGHT_ONLY,
+}
+
+
+def test_what_is_stored_is_what_kernels_ask_for_and_take() -> None:
+    """A misspelt name would mean: never found, or not a constant of the kernel."""
+    stored = launch._configs()
+    assert stored.keys() == STORED.keys()
+    for kernel, entries in stored.items():
+        constants, sizes = STORED[kernel]
+        assert len({tuple(shape.values()) for shape, _ in entries}) == len(entries)
+        for shape, settings in entries:
+            assert shape.keys() == sizes
+            assert settings.keys() == constants
+            assert all(type(value) is int and value > 0 for value in settings.values())
 
 
 def test_one_is_told_once_of_each_kernel_that_there_is_no_gpu() -> None:

@@ -25,10 +25,6 @@ def draw(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> tuple[torch
     return x, for_kernel(stored, (n, k))
 
 
-def tables(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    return dict(zip(("levels", "dynamic"), nf4._tables(x.dtype, x.device), strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("m", "n", "k", "tiles"),
@@ -46,7 +42,7 @@ def test_the_product_is_that_of_float64(
     m: int, n: int, k: int, tiles: dict[str, int], dtype: torch.dtype, device: str
 ) -> None:
     x, w = draw(m, n, k, dtype, device)
-    y, _ = launch(nf4._launch, x, w, n, SMALL | tiles, tables(x), seed=m)
+    y, _ = launch(nf4._launch, x, w, n, SMALL | tiles, seed=m)
     assert excess(y, x, dequantize_for_kernel(w, dtype)) <= 1
     assert excess(nf4_matmul_reference(x, w), x, dequantize_for_kernel(w, dtype)) <= 1
 
@@ -54,15 +50,15 @@ def test_the_product_is_that_of_float64(
 def test_every_program_order_gives_the_same_bits(device: str) -> None:
     x, w = draw(3, 70, 1024, torch.float16, device)
     settings = SMALL | {"SPLIT": 4, "TILE": 32}
-    first, _ = launch(nf4._launch, x, w, 70, settings, tables(x))
+    first, _ = launch(nf4._launch, x, w, 70, settings)
     for seed in range(4):
-        again, _ = launch(nf4._launch, x, w, 70, settings, tables(x), seed=seed)
+        again, _ = launch(nf4._launch, x, w, 70, settings, seed=seed)
         assert torch.equal(first, again)
 
 
 def test_every_word_is_loaded_once(device: str) -> None:
     x, w = draw(2, 64, 1024, torch.float16, device)
-    _, trace = launch(nf4._launch, x, w, 64, SMALL | {"SPLIT": 2}, tables(x))
+    _, trace = launch(nf4._launch, x, w, 64, SMALL | {"SPLIT": 2})
     if trace is None:
         pytest.skip("only the interpreter counts")
     assert (trace.loads("packed") == 1).all()
@@ -83,9 +79,9 @@ def test_an_outer_scale_of_its_own_for_each_256_blocks(device: str) -> None:
     x, w = draw(1, 40, 1024, torch.float16, device)
     assert len(w.absmax_scale) == 3
     settings = SMALL | {"SPLIT": 1}
-    y, _ = launch(nf4._launch, x, w, 40, settings, tables(x))
+    y, _ = launch(nf4._launch, x, w, 40, settings)
     louder = w._replace(absmax_scale=w.absmax_scale * torch.tensor([1.0, 2.0, 1.0]).to(device))
-    z, _ = launch(nf4._launch, x, louder, 40, settings, tables(x))
+    z, _ = launch(nf4._launch, x, louder, 40, settings)
     changed = (y != z)[0]
     assert changed[16:32].all()
     assert not changed[:16].any()

@@ -2,6 +2,7 @@
 
 Weights: `w4a16`, `w8a16` and `nf4` (products with 4 and 8 bit weights; `split_k` for few rows).
 Activations: `int8`, `fast_hadamard`. The cache: `flash_decode`, `decode_quantized`, `quantized_kv`.
+A model on them: `packed_llama`, `generate`.
 `simple` has eight kernels to begin with. `interpreter` and `trace` run them without a GPU, and see
 what they touch; `launch` is what the launchers share.
 
@@ -20,8 +21,10 @@ from fewer.kernels.fast_hadamard import (
     hadamard_reference,
 )
 from fewer.kernels.flash_decode import decode_attention, decode_attention_reference
+from fewer.kernels.generate import generate_graphed
 from fewer.kernels.int8 import dequantize_int8, quantize_int8
 from fewer.kernels.nf4 import WNF4, for_kernel, nf4_matmul, nf4_matmul_reference
+from fewer.kernels.packed_llama import pack_model
 from fewer.kernels.quantized_kv import QuantizedKV, dequantize_kv, quantize_kv
 from fewer.kernels.w4a16 import (
     W4,
@@ -54,12 +57,14 @@ __all__ = [
     "dequantize_w4",
     "dequantize_w8",
     "for_kernel",
+    "generate_graphed",
     "hadamard",
     "hadamard_quantize",
     "hadamard_quantize_reference",
     "hadamard_reference",
     "nf4_matmul",
     "nf4_matmul_reference",
+    "pack_model",
     "pack_w4",
     "pack_w8",
     "quantize_int8",

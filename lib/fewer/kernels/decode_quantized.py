@@ -12,7 +12,13 @@ A code becomes a number for free: the 16 bits of an integer c < 1024, read as fl
 is put back into the sums, which are float32. Two numbers meet codes as float16 and must stay in
 its range: q * scale, for which q is divided by its largest entry before, and p_t scale_t, which is
 below 2 since the running maximum is that of x_t + floor(log2 scale_t) in place of x_t.
+
+The scores are made transposed, x^T = K q^T: as columns, 8 query heads are enough for tensor cores
+(as rows it takes 16), so there is half as much to exponentiate for none.
 """
+
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005 (the compiler knows no stars in tuples)
 
 import math
 from typing import Any
@@ -27,7 +33,6 @@ from fewer.kernels.flash_decode import (
     LOG2_E,
     attend,
     combine,
-    grow,
     inside,
     read_tokens,
     require_full,
@@ -45,44 +50,56 @@ from fewer.kernels.quantized_kv import QuantizedKV, dequantize_kv, require_quant
 def _unpack(words, BITS: tl.constexpr, ASM: tl.constexpr):
     """The 16 / BITS codes of each int16 word, as tiles of float16: a code c is the number c 2^-24.
 
-    Of 4 bits, the second and fourth are 16 times that: they are masked where they are. Of 8 bits,
-    only two are meant.
+    Of 4 bits, the second and fourth are 16 times that: they are masked where they are.
     """
-    if BITS == 4:
-        if ASM:  # two words at once
-            a, b, c, e = tl.inline_asm_elementwise(
-                """{ .reg .b32 high;
-                and.b32 $0, $4, 0x000F000F;
-                and.b32 $1, $4, 0x00F000F0;
-                shr.u32 high, $4, 8;
-                and.b32 $2, high, 0x000F000F;
-                and.b32 $3, high, 0x00F000F0; }""",
-                "=&r,=&r,=&r,=&r,r",
-                [words],
-                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            a, b = words & 0xF, words & 0xF0
-            c, e = (words >> 8) & 0xF, (words >> 8) & 0xF0
-            a, b = a.to(tl.float16, bitcast=True), b.to(tl.float16, bitcast=True)
-            c, e = c.to(tl.float16, bitcast=True), e.to(tl.float16, bitcast=True)
-        return a, b, c, e
+    if BITS == 8 and ASM:  # two words at once
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x4240; prmt.b32 $1, $2, 0, 0x4341;",
+            "=&r,=&r,r",
+            [words],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    elif BITS == 8:
+        return (
+            (words & 0xFF).to(tl.float16, bitcast=True),
+            ((words >> 8) & 0xFF).to(tl.float16, bitcast=True),
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 high;
+            and.b32 $0, $4, 0x000F000F;
+            and.b32 $1, $4, 0x00F000F0;
+            shr.u32 high, $4, 8;
+            and.b32 $2, high, 0x000F000F;
+            and.b32 $3, high, 0x00F000F0; }""",
+            "=&r,=&r,=&r,=&r,r",
+            [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
     else:
-        if ASM:
-            a, b = tl.inline_asm_elementwise(
-                "prmt.b32 $0, $2, 0, 0x4240; prmt.b32 $1, $2, 0, 0x4341;",
-                "=&r,=&r,r",
-                [words],
-                dtype=(tl.float16, tl.float16),
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            a = (words & 0xFF).to(tl.float16, bitcast=True)
-            b = ((words >> 8) & 0xFF).to(tl.float16, bitcast=True)
-        return a, b, a, b
+        return (
+            (words & 0xF).to(tl.float16, bitcast=True),
+            (words & 0xF0).to(tl.float16, bitcast=True),
+            ((words >> 8) & 0xF).to(tl.float16, bitcast=True),
+            ((words >> 8) & 0xF0).to(tl.float16, bitcast=True),
+        )
+
+
+@triton.jit
+def _of_channels(ptr, channel, inside, W: tl.constexpr):
+    """W vectors: a scale (or low) for every W-th channel, from `channel` on."""
+    a = tl.load(ptr + channel, inside, other=0.0)
+    b = tl.load(ptr + channel + 1, inside, other=0.0)
+    if W == 2:
+        return a, b
+    else:
+        c = tl.load(ptr + channel + 2, inside, other=0.0)
+        e = tl.load(ptr + channel + 3, inside, other=0.0)
+        return a, b, c, e
 
 
 @triton.jit
@@ -100,101 +117,99 @@ def decode_quantized_kernel(
     and W parts of q and of the output.
     """
     W: tl.constexpr = 16 // BITS
-    D: tl.constexpr = W * WIDE
+    ROWS: tl.constexpr = 8 if GROUP <= 8 else 16
+    # What q * scale may be multiplied with: float16 holds that of any keys that it holds. Of 4
+    # bits, every other code is 16 times too large.
+    LIFT: tl.constexpr = 64.0 if BITS == 8 else 4.0
+    ODD: tl.constexpr = LIFT if BITS == 8 else LIFT / 16
     pair, batch, head = tl.program_id(0), tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    length = tokens
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + batch), tokens).to(tl.int32)
-    first, last = share(length, BLOCK)
-    row, token, word = tl.arange(0, 16), tl.arange(0, BLOCK), tl.arange(0, WIDE)
-    rows = pair * GROUP + row
-    channel = tl.arange(0, D)
-    real, inside = (row < GROUP)[:, None], channel < d
-    sixteenth = tl.where(channel % 2 == 0, 1.0, 0.0625) if BITS == 4 else 1.0
-    q = tl.load(q_ptr + rows[:, None] * d + channel[None, :], real & inside[None, :], other=0.0)
-    q = q.to(tl.float32)
-    size = tl.max(tl.abs(q), axis=1)
-    size = tl.where(size > 0, size, 1.0)
-    q = q / size[:, None]
-    factor *= size
+    first, last = share(tokens, lengths_ptr, batch, BLOCK)
+    row, token, word = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WIDE)
+    rows, channel = pair * GROUP + row, W * word
+    real, inside = (row < GROUP)[None, :], word < d // W
     kc_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
     vc_ptr += batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
-    key_place = token[None, :] * k_token + word[:, None]
+    key_place = token[:, None] * k_token + word[None, :]
     value_place = token[:, None] * v_token + word[None, :]
     ks_ptr += pair.to(tl.int64) * groups * d
     kl_ptr += pair.to(tl.int64) * groups * d
     vs_ptr += pair.to(tl.int64) * tokens
     vl_ptr += pair.to(tl.int64) * tokens
-    largest = tl.full((16,), -float("inf"), tl.float32)
-    total = tl.zeros((16, BLOCK), tl.float32)  # one sum for each place of a tile, until the end
-    lows = tl.zeros((16, BLOCK), tl.float32)
-    acc0 = tl.zeros((16, WIDE), tl.float32)
-    acc1, acc2, acc3 = acc0, acc0, acc0
+
+    parts, q, acc = (), (), ()
+    size = tl.zeros((ROWS,), tl.float32)
+    for j in tl.static_range(W):
+        of_part = rows[None, :] * d + channel[:, None] + j
+        part = tl.load(q_ptr + of_part, inside[:, None] & real, other=0.0).to(tl.float32)
+        size = tl.maximum(size, tl.max(tl.abs(part), axis=0))
+        parts = parts + (part,)
+    size = tl.where(size > 0, size, 1.0)
+    factor *= size
+    for j in tl.static_range(W):
+        q = q + (parts[j] / size[None, :],)
+        acc = acc + (tl.zeros((ROWS, WIDE), tl.float32),)
+    largest = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK, ROWS), tl.float32)  # one sum for each place of a tile, until the end
+    lows = tl.zeros((BLOCK, ROWS), tl.float32)
+    # Scales and lows are loaded a step ahead: the compiler does that for products' operands alone.
+    some = word < tl.where(first < last, d // W, 0)
+    key_scales = _of_channels(ks_ptr, first // G * d + channel, some, W)
+    key_lows = _of_channels(kl_ptr, first // G * d + channel, some, W)
+    value_scale = tl.load(vs_ptr + first + token, first + token < last, other=1.0)
+    value_low = tl.load(vl_ptr + first + token, first + token < last, other=0.0)
     for start in tl.range(first, last, BLOCK, num_stages=STAGES):
         t = start + token
-        words = tl.load(
-            kc_ptr + tl.cast(start, tl.int64) * k_token + key_place,
-            (t < last)[None, :] & (word < d // W)[:, None],
-            other=0,
-        )
-        k0, k1, k2, k3 = _unpack(words, BITS, ASM)
-        of_group = start // G * d + channel
-        scale = tl.load(ks_ptr + of_group, inside, other=0.0).to(tl.float32) * sixteenth
-        low = tl.load(kl_ptr + of_group, inside, other=0.0).to(tl.float32)
-        steps = (q * scale[None, :]).to(tl.float16)
-        if BITS == 4:
-            even, odd = tl.split(steps.reshape(16, WIDE, 2, 2))
-            a0, a2 = tl.split(even)
-            a1, a3 = tl.split(odd)
-        else:
-            a0, a1 = tl.split(steps.reshape(16, WIDE, 2))
-        x = tl.dot(a0, k0)
-        x = tl.dot(a1, k1, x)
-        if BITS == 4:
-            x = tl.dot(a2, k2, x)
-            x = tl.dot(a3, k3, x)
-        x *= (factor * 16777216.0)[:, None]
-        x += (tl.sum(q * low[None, :], axis=1) * factor)[:, None]
+        live = t < last
+        stored = live[:, None] & inside[None, :]
+        first_key = kc_ptr + tl.cast(start, tl.int64) * k_token
+        keys = _unpack(tl.load(first_key + key_place, stored, other=0), BITS, ASM)
+        x = tl.zeros((BLOCK, ROWS), tl.float32)
+        of_lows = tl.zeros((WIDE, ROWS), tl.float32)
+        for j in tl.static_range(W):
+            steps = q[j] * (key_scales[j].to(tl.float32) * (ODD if j % 2 else LIFT))[:, None]
+            x = tl.dot(keys[j], steps.to(tl.float16), x)
+            of_lows += q[j] * key_lows[j].to(tl.float32)[:, None]
+        x = (x * (16777216.0 / LIFT) + tl.sum(of_lows, axis=0)[None, :]) * factor[None, :]
         if scores_ptr is not None:
-            tl.store(
-                scores_ptr + rows[:, None].to(tl.int64) * places + t[None, :],
-                x,
-                real & (t < last)[None, :],
-            )
+            of_score = rows[None, :].to(tl.int64) * places + t[:, None]
+            tl.store(scores_ptr + of_score, x, real & live[:, None])
         # scale = 2^exponent * fraction, 1 <= fraction < 2, taken from the bits of a float32
-        bits = tl.load(vs_ptr + t, t < last, other=1.0).to(tl.float32).to(tl.int32, bitcast=True)
-        low = tl.load(vl_ptr + t, t < last, other=0.0).to(tl.float32)
-        exponent = tl.where(t < last, ((bits >> 23) - 127).to(tl.float32), -float("inf"))
+        bits = value_scale.to(tl.float32).to(tl.int32, bitcast=True)
+        exponent = tl.where(live, ((bits >> 23) - 127).to(tl.float32), -float("inf"))
         fraction = (bits & 0x7FFFFF | 0x3F800000).to(tl.float32, bitcast=True)
         power = ((254 << 23) - (bits & 0x7F800000)).to(tl.float32, bitcast=True)  # 2^-exponent
-        largest, shrink, p = grow(x + exponent[None, :], largest)
-        total = total * shrink[:, None] + p * power[None, :]
-        lows = lows * shrink[:, None] + p * (power * low)[None, :]
-        p = (p * fraction[None, :]).to(tl.float16)
-        words = tl.load(
-            vc_ptr + tl.cast(start, tl.int64) * v_token + value_place,
-            (t < last)[:, None] & (word < d // W)[None, :],
-            other=0,
-        )
-        v0, v1, v2, v3 = _unpack(words, BITS, ASM)
-        acc0 = tl.dot(p, v0, acc0 * shrink[:, None])
-        acc1 = tl.dot(p, v1, acc1 * shrink[:, None])
-        if BITS == 4:
-            acc2 = tl.dot(p, v2, acc2 * shrink[:, None])
-            acc3 = tl.dot(p, v3, acc3 * shrink[:, None])
-    total = tl.sum(total, axis=1)
-    inverse = (1.0 / tl.where(total > 0, total, 1.0))[:, None]
-    lows = tl.sum(lows, axis=1)[:, None] * inverse
-    even = 16777216.0 * inverse
-    odd = even * 0.0625 if BITS == 4 else even
+        x += exponent[:, None]
+        new = tl.maximum(largest, tl.max(x, axis=0))
+        shrink, p = tl.exp2(largest - new), tl.exp2(x - new[None, :])
+        largest = new
+        total = total * shrink[None, :] + p * power[:, None]
+        lows = lows * shrink[None, :] + p * (power * value_low.to(tl.float32))[:, None]
+        weights = tl.trans((p * fraction[:, None]).to(tl.float16))
+        first_value = vc_ptr + tl.cast(start, tl.int64) * v_token
+        words = tl.load(first_value + value_place, stored, other=0)
+        values = _unpack(words, BITS, ASM)
+        sums = ()
+        for j in tl.static_range(W):
+            sums = sums + (tl.dot(weights, values[j], acc[j] * shrink[:, None]),)
+        acc = sums
+        ahead, t = start + BLOCK, t + BLOCK
+        some = word < tl.where(ahead < last, d // W, 0)
+        key_scales = _of_channels(ks_ptr, ahead // G * d + channel, some, W)
+        key_lows = _of_channels(kl_ptr, ahead // G * d + channel, some, W)
+        value_scale = tl.load(vs_ptr + t, t < last, other=1.0)
+        value_low = tl.load(vl_ptr + t, t < last, other=0.0)
+    total = tl.sum(total, axis=0)
+    inverse = 1.0 / tl.where(total > 0, total, 1.0)
+    lows = tl.sum(lows, axis=0) * inverse
     spot = rows * slots + tl.program_id(1)
-    part_ptr += spot[:, None] * d + word[None, :] * W
-    stored = real & (word < d // W)[None, :]
-    tl.store(part_ptr, acc0 * even + lows, stored)
-    tl.store(part_ptr + 1, acc1 * odd + lows, stored)
-    if BITS == 4:
-        tl.store(part_ptr + 2, acc2 * even + lows, stored)
-        tl.store(part_ptr + 3, acc3 * odd + lows, stored)
+    part_ptr += spot[:, None] * d + channel[None, :]
+    for j in tl.static_range(W):
+        unit = inverse * (16777216.0 * ODD / LIFT if j % 2 else 16777216.0)
+        tl.store(
+            part_ptr + j,
+            acc[j] * unit[:, None] + lows[:, None],
+            (row < GROUP)[:, None] & inside[None, :],
+        )
     tl.store(lse_ptr + spot, largest + tl.log2(tl.where(total > 0, total, 1.0)), row < GROUP)
 
 
@@ -229,6 +244,7 @@ def _launch(
         key_codes, value_codes = _words(cache.key_codes), _words(cache.value_codes)
         scales = cache.key_scale, cache.key_low, cache.value_scale, cache.value_low
         key_scale, key_low, value_scale, value_low = (x.contiguous() for x in scales)
+        lengths = None if lengths is None else lengths.contiguous()
         decode_quantized_kernel[(batch * kv_heads, slots)](
             q, key_codes, key_scale, key_low, value_codes, value_scale, value_low, lengths,
             part, lse, scores,

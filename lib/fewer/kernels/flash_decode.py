@@ -32,8 +32,11 @@ DEFAULT = {"BLOCK": 64, "STAGES": 3, "per_processor": 4, "num_warps": 4}
 
 
 @triton.jit
-def share(length, BLOCK: tl.constexpr):
+def share(tokens, lengths_ptr, batch, BLOCK: tl.constexpr):
     """The tokens of this split: whole tiles of BLOCK, equally many for all splits but the last."""
+    length = tokens
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.load(lengths_ptr + batch), tokens).to(tl.int32)
     each = tl.cdiv(tl.cdiv(length, BLOCK), tl.num_programs(1)) * BLOCK
     first = tl.program_id(1) * each
     return first, tl.minimum(first + each, length)
@@ -56,10 +59,7 @@ def decode_kernel(
 ):  # fmt: skip
     """Program (pair, split) reads its share of the tokens of one key head and leaves a part."""
     pair, batch, head = tl.program_id(0), tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    length = tokens
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + batch), tokens).to(tl.int32)
-    first, last = share(length, BLOCK)
+    first, last = share(tokens, lengths_ptr, batch, BLOCK)
     row, token, channel = tl.arange(0, 16), tl.arange(0, BLOCK), tl.arange(0, D)
     rows = pair * GROUP + row
     real, inside = (row < GROUP)[:, None], (channel < d)[None, :]
@@ -181,6 +181,7 @@ def read_tokens(
 ) -> None:
     """Fill the last `slots` parts, and the last places of scores."""
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    lengths = None if lengths is None else lengths.contiguous()
     (batch, heads, d), (kv_heads, tokens) = q.shape, k.shape[1:3]
     places = tokens if scores is None else scores.shape[1]
     decode_kernel[(batch * kv_heads, slots)](

@@ -2,8 +2,8 @@
 
 No paper. A kernel is fast in one configuration (tile sizes, warps, stages) and slow in others, and
 which one is best depends on the shape. A search takes minutes, so its result is stored, in
-configs.json beside this file; what is not in there (as long as no search has been made, nothing is)
-has the default that each kernel comes with:
+configs.json beside this file, which benchmarks/tune_kernels.py wrote on an H100. A kernel that is
+not in there has the default that it comes with:
 
     {"w4a16": [[{"m": 1, "n": 28672, "k": 8192}, {"BLOCK_N": 64, "num_warps": 4}], ...], ...}
 """

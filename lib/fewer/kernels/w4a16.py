@@ -248,12 +248,35 @@ def load_of_slices(
         return a, b, c, d
 
 
+@triton.jit
+def _sum_of_slice(ptr, column, token, m, k, TILE: tl.constexpr):
+    """The sum of x over the tile that begins in this column, for these rows; 0 behind the last."""
+    some = token < tl.where(column < k, m, 0)
+    return tl.load(ptr + token * (k // TILE) + column // TILE, some, other=0.0)
+
+
+@triton.jit
+def _sums_of_slices(
+    ptr, column, token, m, k, TILE: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr
+):
+    """`_sum_of_slice` of each slice's tile, the first of which begins in this column."""
+    a = _sum_of_slice(ptr, column, token, m, k, TILE)
+    b = _sum_of_slice(ptr, column + WIDTH, token, m, k, TILE)
+    if SLICES == 2:
+        return a, b
+    else:
+        c = _sum_of_slice(ptr, column + 2 * WIDTH, token, m, k, TILE)
+        d = _sum_of_slice(ptr, column + 3 * WIDTH, token, m, k, TILE)
+        return a, b, c, d
+
+
 @triton.jit(do_not_specialize=["m"])
 def packed_kernel(
     x_ptr,
     packed_ptr,
     scale_ptr,
     zero_ptr,
+    sums_ptr,
     out_ptr,
     partial_ptr,
     counter_ptr,
@@ -277,6 +300,9 @@ def packed_kernel(
     BLOCK: tl.constexpr = SLICES * WIDTH
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     CHUNKS: tl.constexpr = WIDTH // TILE  # of a block
+    SUMS_AHEAD: tl.constexpr = (
+        zero_ptr is not None and BLOCK_M <= 16
+    )  # more take too many registers
     split, tile_n, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     some_row = tl.minimum(row, n - 1)  # a mask would do; what the rows behind give is not stored
@@ -289,32 +315,43 @@ def packed_kernel(
     first, last = split * steps // SPLIT, (split + 1) * steps // SPLIT
     begin = tl.minimum(first, steps - 1) // CHUNKS * BLOCK
     scales = load_of_slices(scale_ptr, begin, some_row, n, GROUP, WIDTH, SLICES)
-    zeros = scales
+    zeros, sums = scales, scales
     if zero_ptr is not None:
         zeros = load_of_slices(zero_ptr, begin, some_row, n, GROUP, WIDTH, SLICES)
+    if SUMS_AHEAD:
+        begin += tl.minimum(first, steps - 1) % CHUNKS * TILE
+        sums = _sums_of_slices(sums_ptr, begin, token, m, k, TILE, WIDTH, SLICES)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(first, last):
         words = tl.load(words_ptr + step * TILE)
         # Scales are loaded a step ahead: the compiler does that for operands of products alone.
         ahead = tl.minimum(step + 1, steps - 1) // CHUNKS * BLOCK
         next_scales = load_of_slices(scale_ptr, ahead, some_row, n, GROUP, WIDTH, SLICES)
-        next_zeros = next_scales
+        next_zeros, next_sums = next_scales, next_scales
         if zero_ptr is not None:
             next_zeros = load_of_slices(zero_ptr, ahead, some_row, n, GROUP, WIDTH, SLICES)
+        if SUMS_AHEAD:
+            ahead += tl.minimum(step + 1, steps - 1) % CHUNKS * TILE
+            next_sums = _sums_of_slices(sums_ptr, ahead, token, m, k, TILE, WIDTH, SLICES)
         slices = UNPACK(words, dtype, ASM)
-        column = step // CHUNKS * BLOCK + step % CHUNKS * TILE + c
+        start = step // CHUNKS * BLOCK + step % CHUNKS * TILE
         for j in tl.static_range(SLICES):
+            column = start + j * WIDTH + c
             live = (token < m)[:, None]
             if not EVEN:
-                live = live & (column + j * WIDTH < k)[None, :]
-            x = tl.trans(tl.load(tokens_ptr + (column + j * WIDTH)[None, :], live, other=0.0))
+                live = live & (column < k)[None, :]
+            x = tl.trans(tl.load(tokens_ptr + column[None, :], live, other=0.0))
             part = tl.dot(slices[j], x)
-            if zero_ptr is not None:  # (q - z) x = (q - 8) x + (8 - z) x, the sum of x in each row
-                ones = tl.full([BLOCK_N, TILE], 1.0, dtype)
-                part += (8.0 - zeros[j].to(tl.float32))[:, None] * tl.dot(ones, x)
+            if zero_ptr is not None:  # (q - z) x = (q - 8) x + (8 - z) x, here summed over columns
+                if SUMS_AHEAD:
+                    total = sums[j]
+                else:
+                    total = _sum_of_slice(sums_ptr, start + j * WIDTH, token, m, k, TILE)
+                part += (8.0 - zeros[j].to(tl.float32))[:, None] * total[None, :]
             acc += scales[j].to(tl.float32)[:, None] * part
         scales = next_scales
         zeros = next_zeros
+        sums = next_sums
     tile = tile_m * tl.num_programs(1) + tile_n
     store_sum(acc, out_ptr, partial_ptr, counter_ptr, split, tile, row, token, m, n, SPLIT)
 
@@ -357,9 +394,13 @@ def launch_packed(
     m, n = out.shape
     width = block // SLICES
     settings = {**settings, "TILE": min(settings["TILE"], width)}
+    sums = None
+    if zero is not None:  # of x, in each tile of columns, as the kernel needs them
+        sums = x.unflatten(1, (-1, settings["TILE"])).sum(2, dtype=torch.float32)
     grid = (settings["SPLIT"], -(-n // settings["BLOCK_N"]), -(-m // settings["BLOCK_M"]))
     packed_kernel[grid](
-        *(x, packed, scale, zero, out, partial, counter, m, n, k, x.stride(0), packed.stride(0)),
+        *(x, packed, scale, zero, sums, out, partial, counter),
+        *(m, n, k, x.stride(0), packed.stride(0)),
         WIDTH=width,
         EVEN=k % block == 0,
         SLICES=SLICES,
@@ -381,7 +422,8 @@ def _w4a16_matmul(
     (m, k), n = x.shape, len(packed)
     out = x.new_empty(m, n)
     if out.numel():
-        settings = config("w4a16", default_settings(m, n, k), m=m, n=n, k=k)
+        kernel = "w4a16" if zero is None else "w4a16_zeros"
+        settings = config(kernel, default_settings(m, n, k), m=m, n=n, k=k)
         x = x if x.stride(1) == 1 else x.contiguous()
         partial, counter = scratch(m, n, settings, x.device)
         _launch(x, W4(packed, scale, zero, columns), out, partial, counter, settings)
