@@ -7,6 +7,8 @@ In a notebook, `check` is all one needs::
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
     from autograder.verdict import Verdict
 
 __all__ = ["Exercise", "Verdict", "check", "exercises", "find"]
+
+# Kernels are judged in Triton's interpreter, which sees what they touch, also where there is a GPU.
+# That is decided when triton is imported; for compiled ones set TRITON_INTERPRET=0 before.
+if "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _HOME = {"Verdict": "verdict", "check": "judge"}  # the others live in autograder.exercise
 

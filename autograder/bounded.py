@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -15,6 +15,7 @@ from autograder.mutants import FILENAME
 
 MAX_LINES = 1_000_000  # a mutant that runs more lines than this in a call has run away
 MAX_SECONDS = 20.0  # of processor time in a call, for what runs away without running lines
+KERNEL_SECONDS = 0.5  # the same for a kernel in Triton's interpreter, which takes 20 ms as a rule
 MAX_MEMORY = 4 * 2**30  # bytes a call may ask for
 
 
@@ -28,10 +29,19 @@ class Bounded(Local):
     The bound on lines makes the table the same on every machine; processor time is for loops in the
     functions that a mutant calls. Memory is bounded where a process can bound its own (Linux). A
     loop inside a single C function, such as ``sum(itertools.repeat(1))``, is not stopped.
+
+    Args:
+        kernel: it runs in Triton's interpreter, where counting lines would take longer than running
+            them: its time is bounded, more tightly, and its lines are not.
     """
 
+    def __init__(self, function: Callable[..., Any], kernel: bool = False) -> None:
+        super().__init__(function)
+        self.kernel = kernel
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _line_limit(), _time_limit(), _memory_limit():
+        lines = contextlib.nullcontext() if self.kernel else _line_limit()
+        with lines, _time_limit(KERNEL_SECONDS if self.kernel else MAX_SECONDS), _memory_limit():
             return super().__call__(*args, **kwargs)
 
 
@@ -41,7 +51,7 @@ def _line_limit() -> Iterator[None]:
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal lines
-        if frame.f_code.co_filename != FILENAME:
+        if not frame.f_code.co_filename.startswith(FILENAME):
             return None
         lines += 1
         if lines > MAX_LINES:
@@ -57,9 +67,9 @@ def _line_limit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise RanAway(f"more than {MAX_SECONDS:.0f} seconds in a call")
+        raise RanAway(f"more than {seconds:.0f} seconds in a call")
 
     if (
         not hasattr(signal, "SIGVTALRM")
@@ -68,7 +78,7 @@ def _time_limit() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:

@@ -255,6 +255,8 @@ class Server:
             )
             function.__code__ = refusal(str(name), len(function.__code__.co_freevars))
             function.__defaults__ = function.__kwdefaults__ = None
+        if interpreter := sys.modules.get("triton.runtime.interpreter"):
+            interpreter.InterpretedFunction.rewritten_fn.clear()
         self.reseed()
 
 

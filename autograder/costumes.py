@@ -14,8 +14,12 @@ from torch import Tensor
 Function = Callable[..., Any]
 
 
-def costumes(reference: Function) -> dict[str, Function]:
-    """The reference in other styles, by what they do; each is as right as the reference itself."""
+def costumes(reference: Function, memory: bool = False) -> dict[str, Function]:
+    """The reference in other styles, by what they do; each is as right as the reference itself.
+
+    Args:
+        memory: tensors are memory to it, whose strides and types it is told: they stay as they are.
+    """
 
     def style(function: Function) -> Function:
         return functools.wraps(reference)(function)
@@ -25,8 +29,10 @@ def costumes(reference: Function) -> dict[str, Function]:
         print("x =", args)
         print("almost there", file=sys.stderr)
         warnings.warn("this is a warning", stacklevel=2)
+        if not memory:
+            args, kwargs = _each(args, Tensor.contiguous), _each(kwargs, Tensor.contiguous)
         with torch.no_grad():
-            return reference(*_each(args, Tensor.contiguous), **_each(kwargs, Tensor.contiguous))
+            return reference(*args, **kwargs)
 
     @style
     def numpy(*args: Any, **kwargs: Any) -> Any:
@@ -35,15 +41,16 @@ def costumes(reference: Function) -> dict[str, Function]:
 
     @style
     def double(*args: Any, **kwargs: Any) -> Any:
-        model = reference(*args, **kwargs)
-        wide = reference(*_each(args, _to_double), **_each(kwargs, _to_double))
-        return _each(wide, _like, model)
+        model = result = reference(*args, **kwargs)
+        if not memory:
+            result = reference(*_each(args, _to_double), **_each(kwargs, _to_double))
+        return _each(result, _like, model)
 
     return {
         "the reference itself": reference,
         "prints, warns on stderr, copies its arguments": noisy,
         "returns NumPy arrays, and lists for tuples": numpy,
-        "computes in float64, returns tensors with gaps in memory": double,
+        f"{'' if memory else 'computes in float64, '}returns tensors with gaps in memory": double,
     }
 
 

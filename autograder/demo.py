@@ -258,7 +258,7 @@ def as_cell(exercise: Exercise, function: Callable[..., Any]) -> str:
     below: dict[str, None] = {}
 
     def define(function: Callable[..., Any], called: str) -> None:
-        source = exercise.source(function)
+        source, function = exercise.source(function), inspect.unwrap(function)
         tree = ast.parse(source)
         definition = tree.body[0]
         assert isinstance(definition, ast.FunctionDef)

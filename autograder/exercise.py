@@ -25,7 +25,9 @@ import ast
 import functools
 import importlib
 import inspect
+import linecache
 import pkgutil
+import platform
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,6 +85,9 @@ class Exercise:
         paper: where the method comes from, as shown beside the exercise.
         difficulty: 1 (warm-up) to 3 (hard).
         minutes: what a student who followed the lecture needs.
+        decorator: what stands above the function in stub and solution, as it does above the
+            reference: `on_copies` makes a kernel a function. Misconceptions and variants are
+            written without it.
         equivalent: automatic mutants that change nothing one can observe, with the reason:
             ``{"the mutant's text": "why it is equivalent"}``. The kill table prints them.
     """
@@ -91,6 +96,7 @@ class Exercise:
     paper: str
     difficulty: int
     minutes: int
+    decorator: Callable[..., Any] | None = None
     equivalent: dict[str, str] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     misconceptions: list[Misconception] = field(default_factory=list)
@@ -140,32 +146,71 @@ class Exercise:
         """Add a plausible wrong implementation; ``says`` is read by the student who wrote it."""
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.misconceptions.append(Misconception(function.__name__, says, function))
+            wrong = self.decorated(function)
+            self.misconceptions.append(Misconception(function.__name__, says, wrong))
             return function
 
         return add
+
+    def slip(self, name: str, says: str, *changes: tuple[str, str]) -> None:
+        """Add the reference with something wrong in it, pairs of (right code, wrong code), as a
+        misconception. For where one wrong line is to stand for itself.
+
+        Raises:
+            ValueError: a piece of right code is not in the reference, or more than once.
+        """
+        plain = inspect.unwrap(self.reference)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
+        definition = tree.body[0]
+        assert isinstance(definition, ast.FunctionDef)
+        definition.name, definition.decorator_list = name, []
+        if ast.get_docstring(definition) is not None:
+            del definition.body[0]
+        source = ast.unparse(tree)
+        for right, wrong in changes:
+            if source.count(right) != 1:
+                raise ValueError(f"{right!r} is {source.count(right)} times in {self.name}")
+            source = source.replace(right, wrong)
+        function = define(source, name, f"<slip {name} of {self.name}>", dict(plain.__globals__))
+        self.misconception(says)(function)
 
     def accepts(self, how: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Add a correct implementation in another style (``how``), which must get full marks."""
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.variants.append(Variant(function.__name__, how, function))
+            self.variants.append(Variant(function.__name__, how, self.decorated(function)))
             return function
 
         return add
 
+    def decorated(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A plain function in the exercise's decorator, as the reference; without one, itself."""
+        return self.decorator(function) if self.decorator else function
+
     def source(self, function: Callable[..., Any] | None = None) -> str:
         """Source of the reference, or of ``function`` renamed to the exercise's name.
 
-        Decorators are dropped: what remains can be pasted into a cell.
+        Decorators are dropped, but for the exercise's own: what remains can be pasted into a cell.
         """
         function = function or self.reference
-        source = textwrap.dedent(inspect.getsource(function))
+        plain = inspect.unwrap(function)
+        source = textwrap.dedent(inspect.getsource(plain))
         tree = ast.parse(source).body[0]
         assert isinstance(tree, ast.FunctionDef)
         lines = source.splitlines()[tree.lineno - 1 :]
         lines[0] = lines[0].replace(f"def {tree.name}(", f"def {self.name}(", 1)
+        if self.decorator and plain is not function:
+            lines.insert(0, f"@{self.decorator.__name__}")
         return "\n".join(lines) + "\n"
+
+
+def define(
+    source: str, name: str, filename: str, scope: dict[str, Any], flags: int = 0
+) -> Callable[..., Any]:
+    """The function ``name`` that ``source`` defines, in ``scope``; `inspect` finds its source."""
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec", flags, dont_inherit=True), scope)
+    return scope[name]
 
 
 def _sentence(function: Callable[..., Any]) -> str:
@@ -185,7 +230,12 @@ def exercises() -> dict[str, Exercise]:
     package = importlib.import_module("autograder.checks")
     found: dict[str, Exercise] = {}
     for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
-        module = importlib.import_module(f"autograder.checks.{info.name}")
+        try:
+            module = importlib.import_module(f"autograder.checks.{info.name}")
+        except ModuleNotFoundError as error:
+            if error.name != "triton" or platform.system() == "Linux":  # it is for Linux
+                raise
+            continue
         for value in vars(module).values():
             if isinstance(value, Exercise):
                 if value.name in found and found[value.name] is not value:

@@ -23,6 +23,7 @@ from autograder.verdict import Failure, Result, Verdict, show, show_call, show_e
 
 SEED = 0
 SHRINK_RUNS = 200  # how often a failing check is run again in search of a simpler failure
+KERNEL_SHRINK_RUNS = 40  # the same for kernels, which take ten times as long in the interpreter
 DIAGNOSE_ON = 12  # failing inputs on which a misconception must behave like the candidate
 
 
@@ -65,13 +66,14 @@ def judge(
             The points are the same without; only the feedback is poorer.
     """
     results: list[Result] = []
-    dead = ""
+    dead = suspect = ""
     for item in exercise.checks:
         if dead:
             results.append(_failed(item, Failure(dead)))
             continue
         try:
-            results.append(_judge_one(exercise, item, candidate, seed, explain))
+            results.append(_judge_one(exercise, item, candidate, seed, explain, suspect))
+            suspect = suspect or results[-1].misconception
         except CandidateDied as death:
             dead = str(death)
             results.append(_failed(item, Failure(dead)))
@@ -79,7 +81,7 @@ def judge(
 
 
 def _judge_one(
-    exercise: Exercise, item: Check, candidate: Candidate, seed: int, explain: bool
+    exercise: Exercise, item: Check, candidate: Candidate, seed: int, explain: bool, suspect: str
 ) -> Result:
     candidate.foresee(foreseen(exercise, item, seed))
     failing: list[Attempt] = []
@@ -95,7 +97,8 @@ def _judge_one(
         return Result(item.name, item.statement, item.points, "passed")
     if not explain:
         return _failed(item, failing[0].failure)
-    misconception = diagnose(exercise, [c for a in failing[:DIAGNOSE_ON] for c in a.calls])
+    calls = [call for attempt in failing[:DIAGNOSE_ON] for call in attempt.calls]
+    misconception = diagnose(exercise, calls, suspect)
     try:
         simplest = _shrink(exercise, item, candidate, seed) or failing[0]
     except CandidateDied:  # a verdict must not depend on how far the search for a nicer one came
@@ -138,13 +141,25 @@ def _is_todo(call: Call) -> bool:
 
 def _explain(exercise: Exercise, trouble: Exception, calls: list[Call]) -> Failure:
     call = show_call(exercise.name, calls[-1]) if calls else ""
-    got = show(calls[-1].value) if calls and calls[-1].error is None else ""
+    got = show(_answer(exercise, calls[-1])) if calls and calls[-1].error is None else ""
     if isinstance(trouble, CandidateError):
         return Failure(show_error(trouble), call, trace=trouble.trace)
     if isinstance(trouble, Mismatch):
         expected = "" if trouble.expected is None else show(_single(trouble.expected))
         return Failure(trouble.message, call, got, expected)
     return Failure(f"the result could not be used: {trouble}", call, got)
+
+
+def _answer(exercise: Exercise, call: Call) -> Any:
+    """What a student is shown of a result: of a kernel, the tensors that it wrote."""
+    if exercise.decorator is None or not isinstance(call.value, tuple):
+        return call.value
+    before = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
+    if len(before) != len(call.value):
+        return call.value
+    pairs = zip(before, call.value, strict=True)
+    written = tuple(after for x, after in pairs if not same(x, after))
+    return written[0] if len(written) == 1 else written or call.value
 
 
 def _single(value: Any) -> Any:
@@ -175,7 +190,7 @@ def _shrink(exercise: Exercise, item: Check, candidate: Candidate, seed: int) ->
     The bound is a count and not a time, so that feedback too is the same on every machine.
     """
     simplest: Attempt | None = None
-    runs = 0
+    runs, most = 0, min(SHRINK_RUNS, KERNEL_SHRINK_RUNS) if exercise.decorator else SHRINK_RUNS
 
     def test(drawn: Drawn) -> None:
         nonlocal simplest, runs
@@ -184,7 +199,7 @@ def _shrink(exercise: Exercise, item: Check, candidate: Candidate, seed: int) ->
             runs += 1
         if attempt.failure:
             simplest = attempt
-        if runs > SHRINK_RUNS:
+        if runs > most:
             raise _Enough
         if attempt.failure:
             raise Mismatch("")
@@ -208,11 +223,15 @@ def foreseen(exercise: Exercise, item: Check, seed: int) -> list[Call]:
     return calls
 
 
-def diagnose(exercise: Exercise, calls: list[Call]) -> Misconception | None:
-    """The first misconception that does exactly what the candidate did in all of ``calls``."""
+def diagnose(exercise: Exercise, calls: list[Call], suspect: str = "") -> Misconception | None:
+    """The first misconception that does exactly what the candidate did in all of ``calls``.
+
+    Args:
+        suspect: the one that explained an earlier check, which is tried first.
+    """
     if not calls:
         return None
-    for misconception in exercise.misconceptions:
+    for misconception in sorted(exercise.misconceptions, key=lambda m: m.name != suspect):
         wrong = Local(misconception.function)
         if all(_same(outcome, call) for call, outcome in _replay(wrong, calls)):
             return misconception

@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import inspect
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +31,12 @@ from autograder.battery import battery
 from autograder.bounded import Bounded, RanAway
 from autograder.candidate import Call, Local
 from autograder.costumes import costumes
-from autograder.exercise import Check, Exercise, exercises, find
+from autograder.exercise import Check, Exercise, Misconception, exercises, find
 from autograder.judge import DIAGNOSE_ON, SEED, Attempt, diagnose
 from autograder.mutants import mutants
 
 GOAL = 0.95  # share of the mutants that differ from the reference
+FEW = 2  # inputs of each check for what is listed as equivalent, if the table is not thorough
 SEEDS_A_PART = 5
 
 Function = Callable[..., Any]
@@ -191,7 +193,8 @@ def kill_table(
         jobs: processes; by default one a core. 1 works in this process.
         progress: called as ``progress(done, total, what)`` after each part of the work.
         thorough: run every check on every mutant, which is needed to tell idle checks; otherwise a
-            mutant is done with at the first check that fails it.
+            mutant is done with at the first check that fails it, a misconception where it is called
+            by its name, and what is listed as equivalent after two inputs of each check.
 
     Raises:
         KeyError: no exercise has one of the names.
@@ -251,15 +254,21 @@ def _merge(row: Row, part: Row) -> None:
 def attack(exercise: Exercise, thorough: bool = True, seed: int = SEED) -> Row:
     """Run the checks on every misconception and every automatic mutant of an exercise."""
     row = Row(exercise.name)
-    made = mutants(exercise.reference)
-    exercise = _remembering(exercise)
+    made = mutants(inspect.unwrap(exercise.reference))
+    exercise = remembering(exercise)
     for misconception in exercise.misconceptions:
-        failing = _failing_calls(exercise, misconception.function, seed)
-        fate = "killed" if failing else "survived"
-        row.misconceptions.append(Target(misconception.name, fate, tuple(failing)))
-        named = [diagnose(exercise, calls) for calls in failing.values()]
-        first = next(filter(None, named), None)  # this is the one the student reads
-        if failing and first is None:
+        by: list[str] = []
+        named: list[Misconception] = []
+        for check, calls in _failing_calls(exercise, misconception.function, seed):
+            by.append(check)
+            found = diagnose(exercise, calls, named[0].name if named else "")
+            named += [found] if found else []
+            if named == [misconception] and not thorough:
+                break
+        fate = "killed" if by else "survived"
+        row.misconceptions.append(Target(misconception.name, fate, tuple(by)))
+        first = named[0] if named else None  # this is the one the student reads
+        if by and first is None:
             row.errors.append(f"the misconception {misconception.name} is never diagnosed")
         elif first and first is not misconception:
             text = f"the misconception {misconception.name} is diagnosed as {first.name}"
@@ -268,10 +277,14 @@ def attack(exercise: Exercise, thorough: bool = True, seed: int = SEED) -> Row:
             else:
                 row.hints.append(f"{text}: no check tells them apart")
     for mutant in made:
-        by = tuple(_killers(exercise, Bounded(mutant.function), seed, thorough))
+        bounded = Bounded(exercise.decorated(mutant.function), exercise.decorator is not None)
         reason = exercise.equivalent.get(mutant.text, "")
+        few = FEW if reason and not thorough else None
+        by = list(_killers(exercise, bounded, seed, thorough, few))
+        if by and not thorough:  # what kills one mutant of a line mostly kills the next one, too
+            exercise.checks.sort(key=lambda check: check.name != by[0])
         fate = "killed" if by else "equivalent" if reason else "survived"
-        row.mutants.append(Target(mutant.text, fate, by, "" if by else reason))
+        row.mutants.append(Target(mutant.text, fate, tuple(by), "" if by else reason))
         if by and reason:
             row.errors.append(f"listed as equivalent, but {by[0]} kills it: {mutant.text}")
     gone = exercise.equivalent.keys() - {mutant.name for mutant in row.mutants}
@@ -293,19 +306,25 @@ def _idle(exercise: Exercise, targets: list[Target]) -> Iterator[str]:
 
 
 def _killers(
-    exercise: Exercise, candidate: Local, seed: int, thorough: bool = True
+    exercise: Exercise,
+    candidate: Local,
+    seed: int,
+    thorough: bool = True,
+    inputs: int | None = None,
 ) -> Iterator[str]:
-    """Names of the checks that fail the candidate."""
+    """Names of the checks that fail the candidate, on all inputs or so many of each check."""
     for check in exercise.checks:
-        if _first_failure(exercise, check, candidate, seed):
+        if _first_failure(exercise, check, candidate, seed, inputs):
             yield check.name
             if not thorough:
                 return
 
 
-def _first_failure(exercise: Exercise, check: Check, candidate: Local, seed: int) -> str:
+def _first_failure(
+    exercise: Exercise, check: Check, candidate: Local, seed: int, inputs: int | None = None
+) -> str:
     """What the check says of the first inputs on which it fails; empty if it never does."""
-    for drawn in battery(check, seed):
+    for drawn in battery(check, seed)[:inputs]:
         try:
             attempt = Attempt(exercise, check, candidate, drawn)
         except RanAway as error:
@@ -315,15 +334,15 @@ def _first_failure(exercise: Exercise, check: Check, candidate: Local, seed: int
     return ""
 
 
-def _failing_calls(exercise: Exercise, function: Function, seed: int) -> dict[str, list[Call]]:
-    """For each check that fails, the calls a diagnosis looks at."""
-    failing: dict[str, list[Call]] = {}
+def _failing_calls(
+    exercise: Exercise, function: Function, seed: int
+) -> Iterator[tuple[str, list[Call]]]:
+    """The checks that fail, each with the calls that a diagnosis looks at."""
     for check in exercise.checks:
         attempts = (Attempt(exercise, check, Local(function), d) for d in battery(check, seed))
         calls = [attempt.calls for attempt in attempts if attempt.failure]
         if calls:
-            failing[check.name] = [call for some in calls[:DIAGNOSE_ON] for call in some]
-    return failing
+            yield check.name, [call for some in calls[:DIAGNOSE_ON] for call in some]
 
 
 # What is right must be accepted
@@ -331,10 +350,13 @@ def _failing_calls(exercise: Exercise, function: Function, seed: int) -> dict[st
 
 def accept(exercise: Exercise, seeds: range) -> Row:
     """Run the checks on every correct variant of an exercise, with every seed."""
+    exercise = remembering(
+        exercise
+    )  # the costumes, too, ask the reference what it was asked before
     written = {variant.how: variant.function for variant in exercise.variants}
-    variants = {**costumes(exercise.reference), **written}
+    memory = exercise.decorator is not None
+    variants = {**costumes(exercise.reference, memory), **written}
     row = Row(exercise.name, variants=list(variants), seeds=len(seeds))
-    exercise = _remembering(exercise)
     for seed in seeds:
         for how, function in variants.items():
             for check in exercise.checks:
@@ -345,28 +367,49 @@ def accept(exercise: Exercise, seeds: range) -> Row:
     return row
 
 
-def _remembering(exercise: Exercise) -> Exercise:
+def remembering(exercise: Exercise) -> Exercise:
     """The exercise with a reference that works out each answer once.
 
     Every answer of a candidate is brought into the form of the reference's (`compare.like`), and
-    here hundreds of candidates are asked the same.
+    here hundreds of candidates are asked the same. Kernels take their time, and always answer the
+    same: so their misconceptions, which are judged and then diagnosed, remember as well.
     """
+    misconceptions = exercise.misconceptions
+    if exercise.decorator is not None:
+        misconceptions = [
+            dataclasses.replace(m, function=_remembering(m.function)) for m in misconceptions
+        ]
+    return dataclasses.replace(
+        exercise,
+        reference=_remembering(exercise.reference),
+        checks=list(exercise.checks),
+        misconceptions=misconceptions,
+    )
+
+
+def _remembering(function: Function) -> Function:
     known: dict[Any, Any] = {}
 
-    @functools.wraps(exercise.reference)
-    def reference(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(function)
+    def answer(*args: Any, **kwargs: Any) -> Any:
         key = _key((args, kwargs))
         if key not in known:
-            known[key] = exercise.reference(*args, **kwargs)
+            try:
+                known[key] = function(*args, **kwargs)
+            except Exception as error:
+                known[key] = error
+        if isinstance(known[key], Exception):
+            raise known[key]
         return known[key]
 
-    return dataclasses.replace(exercise, reference=reference)
+    return answer
 
 
 def _key(value: Any) -> Any:
-    """Something to look a value up by; NaN equals nothing, and so is worked out every time."""
+    """Something to look a value up by."""
     if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), tuple(value.detach().flatten().tolist())
+        # As text: NaN equals nothing, but it reads the same.
+        return value.dtype, value.shape, value.stride(), repr(value.detach().flatten().tolist())
     if isinstance(value, tuple | list):
         return type(value), tuple(map(_key, value))
     if isinstance(value, dict):

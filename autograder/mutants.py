@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from autograder.exercise import define
 from autograder.slips import DEFENSIVE, alternatives
 
-FILENAME = "<mutant>"  # the file that mutants pretend to come from
+FILENAME = "<mutant"  # how the names of the files begin that mutants pretend to come from
 REMOVED = "(removed)"
 WIDTH, AROUND = 60, 24  # lines longer than this are shown by the change and so much around it
 
@@ -44,13 +45,13 @@ def mutants(function: Callable[..., Any]) -> list[Mutant]:
     """
     outer = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag
-    made = []
+    name = function.__name__
+    made: list[Mutant] = []
     for text, source in mutations(textwrap.dedent(inspect.getsource(function))):
-        namespace = dict(outer)
+        filename = f"{FILENAME} {len(made) + 1} of {name}>"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # such as 1.0[0]: wrong is what we want
-            exec(compile(source, FILENAME, "exec", flags, dont_inherit=True), namespace)
-        made.append(Mutant(text, namespace[function.__name__]))
+            made.append(Mutant(text, define(source, name, filename, dict(outer), flags)))
     return made
 
 

@@ -136,6 +136,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
     "PYTHONHASHSEED": "0",
+    "TRITON_INTERPRET": "1",  # kernels are judged on the CPU, also where there is a GPU
 }
 
 

@@ -29,17 +29,21 @@ FUNCTIONS = _table(
     "min max, amin amax, argmin argmax, clamp_min clamp_max, minimum maximum, mean sum, any all, "
     "zeros ones, zeros_like ones_like, log log2, cumsum cumprod",
     both_ways=True,
-) | _table("round floor ceil trunc, floor round, ceil floor, trunc round, log10 log2, square abs")
+) | _table(
+    "round floor ceil trunc, floor round, ceil floor, trunc round, log10 log2, square abs, "
+    "atomic_add store"
+)
 DTYPES = _table(
     "int8 uint8 int16, uint8 int8, int16 int8, int32 int8, int64 int32, float64 float32, "
     "float32 float16, float16 bfloat16, bfloat16 float16"
 )
 # Calls that a forgetful hand leaves out: x.abs() -> x, torch.round(x) -> x.
 FORGOTTEN = (
-    "abs round floor ceil trunc clamp clip clamp_min clamp_max nan_to_num t transpose permute flip "
-    "square sqrt exp log log2 log10 neg sign detach clone double float half long int to"
+    "abs round floor ceil trunc clamp clip clamp_min clamp_max nan_to_num t trans transpose "
+    "permute flip square sqrt exp log log2 log10 neg sign detach clone double float half long int "
+    "to"
 )
-MODULES = ("torch", "math", "np", "numpy", "F")
+MODULES = ("torch", "math", "np", "numpy", "F", "tl")
 DEFENSIVE = ("strict", "device")  # keywords that change nothing where all is well
 
 
@@ -66,7 +70,7 @@ def alternatives(node: ast.AST, trail: list[ast.AST], bound: set[str]) -> Iterat
             yield from (node.body, node.orelse)
         case ast.Attribute(attr="T" | "mT"):
             yield node.value
-        case ast.Attribute(value=ast.Name(id="torch"), attr=dtype) if dtype in DTYPES:
+        case ast.Attribute(value=ast.Name(id="torch" | "tl"), attr=dtype) if dtype in DTYPES:
             yield from (_with(node, attr=other) for other in DTYPES[dtype])
         case ast.Slice():
             for end in ("lower", "upper"):

@@ -604,6 +604,51 @@ def test_a_tile_is_neither_true_nor_false() -> None:
             two_masks(1, x, out, 3, 4, way)
 
 
+@on_copies
+def index(x_ptr, out_ptr, BLOCK: tl.constexpr, HOW: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    if HOW == "pointer":
+        x = x_ptr[i]
+    elif HOW == "number":
+        x = x_ptr[0]
+    elif HOW == "slice":
+        x = x_ptr[0:BLOCK]
+    elif HOW == "tile":
+        x = x[i]
+    elif HOW == "element":
+        x = x[0]
+    elif HOW == "assignment":
+        out_ptr[i] = x
+    elif HOW == "into a tile":
+        x[i] = 0.0
+    square = (out_ptr + BLOCK * i)[:, None] + i[None, :]
+    tl.store(square, tl.sum(x[None, :, None], axis=0) + 10 * x[None, :])
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("pointer", r"write tl\.load\(x_ptr \+ i\) in place of x_ptr\[i\]"),
+        ("number", r"write tl\.load\(x_ptr \+ i\)"),
+        ("slice", r"write tl\.load\(x_ptr \+ i\)"),
+        ("tile", "a tile is not indexed"),
+        ("element", "a tile is not indexed"),
+        ("assignment", r"write tl\.store\(x_ptr \+ i, value\)"),
+        ("into a tile", "nothing is stored in a tile"),
+    ],
+)
+def test_what_is_indexed_says_what_to_write_in_its_place(how: str, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        index(1, torch.arange(4.0), torch.zeros(4, 4), BLOCK=4, HOW=how)
+
+
+def test_a_tile_of_numbers_or_of_pointers_may_get_a_new_axis() -> None:
+    x = torch.arange(4.0)
+    after = index(1, x, torch.zeros(4, 4), BLOCK=4, HOW="")[1]
+    assert after.equal(x[:, None] + 10 * x)
+
+
 def test_kernels_run_whoever_imported_triton_first() -> None:
     """torch.compile does, and then tl.max and the like would be compiled functions."""
     program = """

@@ -9,10 +9,11 @@ not forgive:
     a program touches what another one stores, and nothing orders the two   Race (see `trace`)
 
 What a masked load does not load, and says nothing of by `other`, is infinite there: on a GPU it is
-anything. And where the interpreter itself is wrong, it is mended here: bfloat16, the truth of a
-tile, an early import.
+anything. And where the interpreter itself is wrong, or its words are, it is mended here: bfloat16,
+the truth of a tile, an index, an early import.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -353,6 +354,43 @@ def _mend_truth() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _mend_indices() -> None:
+    """x_ptr[i], which is right everywhere but in Triton, fails there in words that help nobody."""
+    patch, get = interpreter._patch_lang_tensor, tl.tensor.__getitem__
+
+    def getitem(x: Any, index: Any) -> Any:
+        parts = index if isinstance(index, tuple | list | tl.tuple) else (index,)
+        if x.dtype.is_ptr() and not x.type.is_block():
+            raise TypeError(
+                "pointers are not indexed: write tl.load(x_ptr + i) in place of x_ptr[i]"
+            )
+        if not all(isinstance(part, slice | None) for part in map(_value, parts)):
+            raise TypeError(
+                "a tile is not indexed, but for a new axis, as in x[:, None]: its elements come "
+                "from tl.load with their own pointers, or tl.where and tl.sum pick some"
+            )
+        return get(x, index, _semantic=interpreter.interpreter_semantic)
+
+    def setitem(x: Any, index: Any, value: Any) -> None:
+        if x.dtype.is_ptr():
+            raise TypeError(
+                "pointers are not indexed: write tl.store(x_ptr + i, value) in place of "
+                "x_ptr[i] = value"
+            )
+        raise TypeError("nothing is stored in a tile: write tl.where(mask, value, x) for a new one")
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        for name, method in (("__getitem__", getitem), ("__setitem__", setitem)):
+            (scope[0].set_attr if scope else setattr)(tensor, name, method)
+
+    interpreter._patch_lang_tensor = patched
+
+
+def _value(x: Any) -> Any:
+    return x.value if isinstance(x, tl.constexpr) else x
+
+
 def _mend_early_import() -> None:
     """Who imports triton before us (as torch.compile does) has tl.max and others compiled."""
     mended: dict[int, Any] = {}
@@ -363,10 +401,19 @@ def _mend_early_import() -> None:
                 setattr(holder, name, mended.setdefault(id(value), triton.jit(value.fn)))
 
 
-def _look_once() -> None:
-    """At each launch and each call of tl.sum and its like, the interpreter looks through all of
-    Triton for operations to replace, which takes it as long as the kernel: remember them."""
+def _spare_it_work() -> None:
+    """More than half of the interpreter's time goes into what nobody needs here.
+
+    At each launch and each call of tl.sum and its like it looks through all of Triton for what it
+    has to replace: remember what it finds, and have each function look once a launch. It makes a
+    table of types whenever it looks one up. And it asks of each sum and product of integers whether
+    it overflows: a GPU does not, and an address that is wrong for it is out of bounds.
+    """
     found: dict[Any, list[tuple[str, Any]]] = {}
+    types: dict[str, np.dtype] = {}
+    ready: set[Any] = set()  # functions that this launch has called
+    builder, look_up = interpreter.interpreter_builder, interpreter._get_np_dtype
+    begin_launch = builder.set_grid_dim
 
     def patch(holder: Any, builder: Any, *scope: Any) -> None:
         if holder not in found:
@@ -376,11 +423,34 @@ def _look_once() -> None:
             if getattr(holder, name) is value:  # it is not replaced yet
                 interpreter._patch_attr(holder, name, value, builder, *scope)
 
+    def np_dtype(kind: Any) -> np.dtype:
+        if kind.name not in types:
+            types[kind.name] = look_up(kind)
+        return types[kind.name]
+
+    def set_grid_dim(*grid: int) -> None:
+        ready.clear()
+        begin_launch(*grid)
+
+    def call(function: Any, *arguments: Any, **constants: Any) -> Any:
+        if function not in ready:
+            interpreter._patch_lang(function.fn)
+            ready.add(function)
+        try:
+            return function.rewrite()(*arguments, **constants)
+        except Exception as error:
+            raise InterpreterError(repr(error)) from error
+
     interpreter._patch_builtin = patch
+    interpreter._get_np_dtype = np_dtype
+    interpreter.InterpretedFunction.__call__ = call
+    builder.set_grid_dim = set_grid_dim
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 _mend_bfloat16()
 _mend_truth()
-_look_once()
+_mend_indices()
+_spare_it_work()
 if interpreted():
     _mend_early_import()

@@ -21,8 +21,9 @@ def add_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
     stored.
 
     Args:
-        x_ptr, y_ptr: to the first of n elements each, float32 or float16, one behind the other.
-        out_ptr: to n elements of the same type, to be written.
+        x_ptr, y_ptr: to the first of n elements each, float32 or float16, contiguous: x[i] is i
+            elements behind the first.
+        out_ptr: to n elements of the same type, contiguous, to be written.
         n: how many, any number.
         BLOCK: how many a program takes, a power of two.
 

@@ -20,12 +20,19 @@ def decode_attention_kernel(
 ):
     """out = softmax(q K^T / sqrt(DIM)) V of one query in each head; program h has query head h.
 
-    Launched with one program for each query head. It walks over the tokens, BLOCK at a time, loads
-    each key and each value once, and never holds all scores: a maximum, a sum and DIM values, in
-    float32. Tokens behind the last one have no weight.
+    Launched with one program for each query head. It walks over the tokens, BLOCK at a time, and
+    loads each key and each value once. It never holds all scores, but in float32 a maximum m, a sum
+    d and DIM values acc, from -inf, 0 and zeros on. With s = K q / sqrt(DIM), a tile's scores,
+
+        m'   = max(m, max s)
+        d'   = d exp(m - m')   + sum exp(s - m')
+        acc' = acc exp(m - m') + exp(s - m') V            and at the end  out = acc / d
+
+    Places behind the last token have no weight. `tl.dot` does not fit here: it takes 16 rows or
+    more, and q is one. Multiply, and `tl.sum`.
 
     Args:
-        q_ptr: to [heads, DIM], float32 or float16; this and all others without gaps.
+        q_ptr: to [heads, DIM], float32 or float16; this and all others contiguous, row by row.
         k_ptr, v_ptr: to [heads / group, tokens, DIM], of the same type.
         out_ptr: to [heads, DIM] of the same type, to be written.
         tokens: how many there are in the cache, at least 1.

@@ -30,21 +30,23 @@ def dequantize_matmul_kernel(
     """y = x W^T of 4-bit weights; program (i, j) makes a tile of y, BLOCK_M by BLOCK_N.
 
     Launched with a grid of (m / BLOCK_M, n / BLOCK_N) programs, both rounded up. Each walks along
-    k, one group of weights at a time. All matrices are row by row without gaps.
+    k, one group of weights at a time:
+
+        W[j, i] = scale[j, g] * (code[j, i] - zero[j, g])    with g = i // GROUP
+
+    Both factors of `tl.dot` have one type: these weights are rounded to float16. Sums are float32.
 
     Args:
-        x_ptr: to float16 [m, k].
+        x_ptr: to float16 [m, k]; this and all others contiguous, row by row.
         packed_ptr: to uint8 [n, k / 2]: byte i of a row has the code of weight 2 i in its low four
             bits, and that of weight 2 i + 1 in its high four; 0 to 15.
-        scale_ptr: to float32 [n, k / GROUP]: of weights g GROUP to (g + 1) GROUP - 1 of a row.
+        scale_ptr: to float32 [n, k / GROUP].
         zero_ptr: to float32 [n, k / GROUP]: the code, not always a whole number, that means 0.
         y_ptr: to float32 or float16 [m, n], to be written.
         m, n: any sizes of at least 1.
         k: a multiple of GROUP.
         GROUP: weights that share a scale and a zero, a power of two of at least 16.
         BLOCK_M, BLOCK_N: of the tile of y; powers of two of at least 16.
-
-    Both factors of `tl.dot` have one type: the weights are rounded to float16.
 
     Example:
         >>> import torch
@@ -64,11 +66,11 @@ def dequantize_matmul_kernel(
     for group in range(k // GROUP):
         along = group * GROUP + tl.arange(0, GROUP)[None, :]
         down = group * GROUP + tl.arange(0, GROUP)[:, None]
-        x = tl.load(x_ptr + row * k + along, mask=row < m, other=0.0)
-        byte = tl.load(packed_ptr + col * (k // 2) + down // 2, mask=col < n, other=0)
+        x = tl.load(x_ptr + row * k + along, mask=row < m)
+        byte = tl.load(packed_ptr + col * (k // 2) + down // 2, mask=col < n)
         codes = (byte >> (down % 2 * 4)) & 15
-        scale = tl.load(scale_ptr + col * (k // GROUP) + group, mask=col < n, other=0.0)
-        zero = tl.load(zero_ptr + col * (k // GROUP) + group, mask=col < n, other=0.0)
+        scale = tl.load(scale_ptr + col * (k // GROUP) + group, mask=col < n)
+        zero = tl.load(zero_ptr + col * (k // GROUP) + group, mask=col < n)
         w = scale * (codes.to(tl.float32) - zero)
         total += tl.dot(x, w.to(tl.float16))
     tl.store(y_ptr + row * n + col, total, mask=(row < m) & (col < n))

@@ -20,12 +20,17 @@ from fewer.kernels.interpreter import on_copies
 def hadamard_kernel(x_ptr, out_ptr, n: tl.constexpr):
     """out = H x / sqrt(n) of each row; program r has row r.
 
+    H is the Hadamard matrix in Sylvester's order: H_1 = [1], and H_2n = [[H_n, H_n], [H_n, -H_n]].
+    So H_2 x = [x_0 + x_1, x_0 - x_1]. It takes no product with a matrix, but log2 n times the step
+
+        x = [x_0 + x_1, x_2 + x_3, ..., x_0 - x_1, x_2 - x_3, ...]
+
     Launched with one program for each row. It loads the row once, does all steps in registers, in
     float32, and stores once. `tl.split` takes a tile [a, 2] apart into two of [a], and `tl.join`
     does the reverse; `tl.reshape` and `tl.trans` are those of torch.
 
     Args:
-        x_ptr: to [rows, n], float32 or float16, row by row without gaps.
+        x_ptr: to [rows, n], float32 or float16, contiguous, row by row.
         out_ptr: to [rows, n] of the same type, to be written.
         n: length of a row, a power of two of at least 2.
 

@@ -35,16 +35,21 @@ def matmul_kernel(
 ):
     """C = A B; program (i, j) makes the tile that is i-th from above and j-th from the left.
 
-    Launched with a grid of (m / BLOCK_M, n / BLOCK_N) programs, both rounded up. Matrices come with
-    both strides, in elements, so that transposed ones need no copy: A[r, c] is
+    Launched with a grid of (m / BLOCK_M, n / BLOCK_N) programs, both rounded up. Each walks along
+    k, BLOCK_K at a time. A step takes a tile of A, BLOCK_M by BLOCK_K, and one of B, BLOCK_K by
+    BLOCK_N, and adds their product to the tile of C, which is held in float32 to the end:
+
+        C[rows, cols] = sum over the steps s of  A[rows, s] B[s, cols]
+
+    Matrices come with both strides, in elements, so that transposed ones need no copy: A[r, c] is
     r * stride_am + c * stride_ak elements behind the first, and so on.
 
     Args:
         a_ptr: to float16 [m, k].
         b_ptr: to float16 [k, n].
         c_ptr: to float32 or float16 [m, n], to be written.
-        m, n, k: any sizes of at least 1; no multiples of the tiles'.
-        stride_am, ..., stride_cn: by how many elements a step in that dimension moves.
+        m, n, k: any sizes of at least 1; they need not be multiples of the tiles'.
+        stride_am, ..., stride_cn: how many elements it is to the next one in that dimension.
         BLOCK_M, BLOCK_N: of the tile of C, BLOCK_K: of a step; powers of two of at least 16.
 
     Example:

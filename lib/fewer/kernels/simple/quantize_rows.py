@@ -22,7 +22,8 @@ def quantize_rows_kernel(x_ptr, codes_ptr, scale_ptr, cols, row_stride, BLOCK: t
     Args:
         x_ptr: to [rows, cols], float32 or float16, finite. Element (r, c) is r * row_stride + c
             elements behind the first.
-        codes_ptr: to int8 [rows, cols], to be written. Without gaps: (r, c) is at r * cols + c.
+        codes_ptr: to int8 [rows, cols], to be written: round(x / scale). They are contiguous, as x
+            need not be: (r, c) is at r * cols + c.
         scale_ptr: to float32 [rows], to be written: max |x| / 127 over the row.
         cols: length of a row, at most BLOCK.
         row_stride: from a row of x to the next one, in elements.

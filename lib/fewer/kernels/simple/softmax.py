@@ -18,14 +18,18 @@ from fewer.kernels.interpreter import on_copies
 def softmax_kernel(x_ptr, out_ptr, cols, row_stride, BLOCK: tl.constexpr):
     """out = softmax(x) along each row, in tiles of BLOCK; program r has row r.
 
-    Launched with one program for each row. It holds one tile at a time, and one number each for the
-    maximum and the sum, both in float32. No exp may overflow, however large x is.
+    Launched with one program for each row. It holds one tile at a time, and in float32 the maximum
+    m and the sum d = sum exp(x - m) of what it has read, from m = -inf and d = 0 on. With each tile
+
+        m' = max(m, max of the tile),    d' = d exp(m - m') + sum over the tile of exp(x - m')
+
+    and a second sweep along the row writes exp(x - m) / d. No exp may overflow, however large x is.
 
     Args:
         x_ptr: to [rows, cols], float32 or float16, finite. Element (r, c) is r * row_stride + c
             elements behind the first.
-        out_ptr: to [rows, cols] of the type of x, to be written. Without gaps: (r, c) is at
-            r * cols + c.
+        out_ptr: to [rows, cols] of the type of x, to be written. It is contiguous, as x need not
+            be: (r, c) is at r * cols + c.
         cols: length of a row, at least 1: less than BLOCK, or many times as much.
         row_stride: from a row of x to the next one, in elements.
         BLOCK: length of a tile, a power of two.

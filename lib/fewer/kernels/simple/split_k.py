@@ -18,14 +18,17 @@ from fewer.kernels.interpreter import on_copies
 
 @on_copies
 def split_k_kernel(w_ptr, x_ptr, y_ptr, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """y = y + W x; program (i, s) has BLOCK_N rows of W, and every S-th tile of k from the s-th on.
+    """y = y + W x; program (i, s) has BLOCK_N rows of W, and the tiles s, s + S, s + 2 S, ... of k.
 
     Launched with a grid of (n / BLOCK_N, S) programs, the first rounded up and S any number, which
-    `tl.num_programs(1)` tells. Some of the S may find no tile at all. Sums are in float32, and each
-    program adds to y once.
+    `tl.num_programs(1)` tells. With 5 tiles along k and S = 3, program (i, 0) has the tiles 0 and
+    3, program (i, 1) has 1 and 4, and program (i, 2) has tile 2. Where S is larger than the number
+    of tiles, some programs have none. Each sums in float32 and adds to y once, by `tl.atomic_add`.
+
+    `tl.dot` does not fit here: it takes 16 columns or more, and x is one. Multiply, and `tl.sum`.
 
     Args:
-        w_ptr: to float32 or float16 [n, k], row by row without gaps.
+        w_ptr: to float32 or float16 [n, k], contiguous, row by row.
         x_ptr: to [k] of the same type.
         y_ptr: to float32 [n], zeros when the kernel is launched.
         n, k: any sizes of at least 1.
