@@ -1,10 +1,10 @@
 """The other side of the boundary: the process that runs a student's code.
 
-``python -m autograder.child FD`` starts the *zygote*: it imports torch and the library once, and
-forks a child each time the grader asks for one, in milliseconds. A child runs the cells of one
-notebook and answers calls to the functions that they define. Nothing of the checks is imported
-here, and nothing that a child says is believed: what decides over points is in `autograder.remote`
-and behind it, in the grader's process.
+``python -m autograder.child FD [walled]`` starts the *zygote*: it imports torch and the library
+once, and forks a child each time the grader asks for one, in milliseconds. A child runs the cells
+of one notebook and answers calls to the functions that they define. Nothing of the checks is
+imported here, and nothing that a child says is believed: what decides over points is in
+`autograder.remote` and behind it, in the grader's process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import random
 import resource
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -37,11 +39,22 @@ from autograder.candidate import student_lines
 from autograder.compare import CandidateError
 
 LONGEST_MESSAGE = 2000  # characters of what an exception says
+LIMITS = {  # behind walls
+    resource.RLIMIT_FSIZE: 256 << 20,
+    resource.RLIMIT_NOFILE: 512,
+    resource.RLIMIT_NPROC: 512,  # of the user, and not if that is root
+}
 RUN_THEIR_CELL = {"capture", "prun", "time", "timeit"}  # magics whose body is still the student's
 
 
-def main(fd: int) -> None:
-    """Import what notebooks use, then fork children until the grader hangs up."""
+def main(fd: int, walled: bool) -> None:
+    """Import what notebooks use, then fork children until the grader hangs up.
+
+    Args:
+        fd: of the socket to the grader.
+        walled: whether this is the first process of a namespace (`autograder.sandbox`), in which
+            nothing must be left when a child has ended.
+    """
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(fewer.__path__, "fewer."):
         # Some topics need what not every machine has, such as triton.
@@ -53,6 +66,10 @@ def main(fd: int) -> None:
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page it looks at
     control = socket.socket(fileno=fd)
+    if walled:
+        let_others_look(False)
+        # The first process gets no signal from inside, except those that it has handlers for.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire.send(control, wire.pack("ready"))
     children: set[int] = set()
     try:
@@ -64,7 +81,10 @@ def main(fd: int) -> None:
                 wire.send(control, wire.pack(pid))
             else:
                 children.discard(request["pid"])
-                wire.send(control, wire.pack(end(request["pid"], request["patience"])))
+                status = end(request["pid"], request["patience"])
+                if walled and not children:
+                    sweep()
+                wire.send(control, wire.pack(status))
     except (EOFError, OSError):
         for pid in children:
             end(pid, patience=0)
@@ -90,6 +110,28 @@ def fork(control: socket.socket, request: dict[str, Any]) -> int:
             os._exit(70)  # only if the serving itself broke down
     os.close(fd)
     return pid
+
+
+def let_others_look(allowed: bool) -> None:
+    """Whether processes of the same user may look into this one's memory, and change it."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(4, int(allowed), 0, 0, 0)  # PR_SET_DUMPABLE
+
+
+def sweep() -> None:
+    """End every process of this namespace but this one, its first, and empty what all may write."""
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)  # orphans too: they became this process' children
+        except ChildProcessError:
+            break
+    for folder in ("/tmp", "/dev/shm"):
+        left = [os.path.join(folder, name) for name in os.listdir(folder)]
+        if left:
+            subprocess.run(["rm", "-rf", "--", *left], stderr=subprocess.DEVNULL, check=False)
 
 
 def end(pid: int, patience: float) -> int | None:
@@ -123,7 +165,12 @@ def become_child(fd: int, request: dict[str, Any]) -> NoReturn:
         os.dup2(null, standard)
     os.dup2(fd, 3)
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-    os.chdir(request["folder"])
+    os.chdir(request["folder"] or tempfile.mkdtemp(prefix="fewer-"))
+    if request["folder"] is None:
+        let_others_look(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for what, most in LIMITS.items():
+            resource.setrlimit(what, (most, most))
     sys.path.insert(0, "")  # as in a notebook
     sys.argv = [""]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -338,4 +385,4 @@ class Shell:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), walled="walled" in sys.argv[2:])

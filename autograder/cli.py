@@ -308,12 +308,22 @@ def grade(
     lab: LabOption = None,
     seed: Annotated[int, typer.Option(help="Same work, version and seed: same points.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Submissions judged at the same time.")] = 1,
+    unsafe: Annotated[
+        bool,
+        typer.Option(
+            "--unsafe-no-sandbox",
+            help="Run student code with your rights: it can read and change your files.",
+        ),
+    ] = False,
 ) -> None:
     """Grade everything handed in for a lab.
 
     Points go into nbgrader's gradebook, where manual grading, late penalties and export work as
     ever; each student gets a feedback page. Grading twice gives the same points, and keeps what
     you graded by hand.
+
+    Student code runs in a sandbox (bubblewrap), where there are no files of yours, no network, no
+    checks and no gradebook.
     """
     assignment = _assignment(folder, lab, "submitted")
     from autograder.course import CourseError
@@ -328,6 +338,7 @@ def grade(
                 assignment,
                 seed=seed,
                 jobs=jobs,
+                walled=not unsafe,
                 progress=lambda done, total, student: bar.update(
                     task, completed=done, total=total, description=escape(student)
                 ),

@@ -38,6 +38,7 @@ from nbgrader.plugins import CsvExportPlugin
 from nbgrader.preprocessors import Execute
 
 import fewer
+from autograder import sandbox
 from autograder.build import CODE_STUB, TEXT_STUB, labs, source_notebook
 from autograder.oracle import GraderFault, OraclePreprocessor
 from autograder.remote import GraderError, Zygote
@@ -184,6 +185,7 @@ def grade(
     *,
     seed: int = 0,
     jobs: int = 1,
+    walled: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
     verbose: bool = False,
 ) -> GradeSummary:
@@ -196,12 +198,21 @@ def grade(
         seed: of the inputs of the checks.
         jobs: how many submissions are judged at the same time. The gradebook has one writer. Each
             job takes several seconds to start, which only a large class wins back.
+        walled: run student code in a sandbox (`autograder.sandbox`). Without, it has your user's
+            rights, and every report says so.
         progress: called as ``progress(done, total, student)``, once before and once after each.
         verbose: show nbgrader's messages, which otherwise go to the log only.
 
     Raises:
-        CourseError: nothing was submitted, or the assignment was not released.
+        CourseError: nothing was submitted, or the assignment was not released; or this machine
+            cannot isolate student code, and it should be ``walled``.
     """
+    if walled and (reason := sandbox.missing()):
+        raise CourseError(
+            f"student code cannot be isolated on this machine: {reason}. If you trust every "
+            "submission with your files, or this is a machine of its own, there is "
+            "--unsafe-no-sandbox"
+        )
     tell = progress or (lambda done, total, student: None)
     with _nbgrader(course, verbose) as app:
         app.coursedir.assignment_id = assignment
@@ -215,12 +226,12 @@ def grade(
             csv=root / f"{assignment}.csv",
             feedback=root / app.coursedir.feedback_directory,
             log=root / LOG,
-            notices=[NO_SANDBOX],
+            notices=[] if walled else [NO_SANDBOX],
         )
-        with _Judge(seed) as judge:
+        with _Judge(seed, walled) as judge:
             if jobs > 1:
                 judge.work_ahead(submitted.values(), jobs)
-            oracle = OraclePreprocessor(judge, seed)
+            oracle = OraclePreprocessor(judge, seed, walled)
             for done, (student, folder) in enumerate(submitted.items()):
                 tell(done, len(submitted), student)
                 try:
@@ -409,9 +420,10 @@ class _Judge:
     check cell that was tampered with) is simply not found among those judged ahead.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, walled: bool) -> None:
         self.seed = seed
-        self.zygote: Zygote | None = Zygote()
+        self.walled = walled
+        self.zygote: Zygote | None = Zygote(walled)
         self.known: dict[str, dict[str, Verdict]] = {}
         self.futures: dict[str, Future[dict[str, Any]]] = {}
         self.pool: ProcessPoolExecutor | None = None
@@ -420,7 +432,7 @@ class _Judge:
         """Begin to judge what lies in ``folders``, in ``jobs`` processes."""
         # Spawned, because a fork of a process that has used torch may hang.
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(jobs, context, _start_worker)
+        self.pool = ProcessPoolExecutor(jobs, context, _start_worker, (self.walled,))
         for path in sorted(path for folder in folders for path in folder.glob("*.ipynb")):
             with contextlib.suppress(Exception):  # unreadable: reported when its turn comes
                 notebook = nbformat.read(path, as_version=4)
@@ -450,7 +462,7 @@ class _Judge:
         return {name: Verdict.from_json(verdict) for name, verdict in answer.items()}
 
     def _here(self, notebook: NotebookNode) -> dict[str, Verdict]:
-        self.zygote = self.zygote or Zygote()
+        self.zygote = self.zygote or Zygote(self.walled)
         try:
             return judge_notebook(notebook, self.zygote, seed=self.seed)
         except GraderError as error:
@@ -482,9 +494,9 @@ def _code_of(notebook: NotebookNode) -> str:
 _worker_zygote: Zygote | None = None
 
 
-def _start_worker() -> None:
+def _start_worker(walled: bool) -> None:
     global _worker_zygote
-    _worker_zygote = Zygote()  # it ends when this process does
+    _worker_zygote = Zygote(walled)  # it ends when this process does
 
 
 def _judge_in_worker(notebook: NotebookNode, seed: int) -> dict[str, Any]:

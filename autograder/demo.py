@@ -310,6 +310,7 @@ def run_demo(folder: Path, root: Path, console: Console, seed: int = 0) -> Path:
     Raises:
         FileExistsError: if ``folder`` holds anything that no demo made.
     """
+    from autograder import sandbox
     from autograder.build import build, labs
     from autograder.course import create_course, grade, release
 
@@ -333,7 +334,7 @@ def run_demo(folder: Path, root: Path, console: Console, seed: int = 0) -> Path:
         step("twelve students hand in")
         students = sample_class(folder, lab.name)
         step("grading")
-        grade(folder, lab.name, seed=seed)
+        grade(folder, lab.name, seed=seed, walled=not (open_because := sandbox.missing()))
         step("writing the class report")
         path = write_report(folder, lab.name, folder / "report" / f"{lab.name}.html")
     report = read_class(folder, lab.name)
@@ -341,6 +342,8 @@ def run_demo(folder: Path, root: Path, console: Console, seed: int = 0) -> Path:
     deserved = {s.id: sum(expected_points(s, found, seed).values()) for s in students}
     console.print(result_table(report, students, deserved))
     wrong = [s.id for s in report.students if s.score != deserved.get(s.id)]
+    if open_because:
+        console.print(f"[yellow]Graded without a sandbox:[/] {escape(open_because)}")
     if wrong:
         console.print(f"[bold red]Not the points they deserve: {', '.join(wrong)}[/]")
     else:

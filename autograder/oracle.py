@@ -38,12 +38,14 @@ class OraclePreprocessor(NbGraderPreprocessor):
             other arguments bound. Whatever the student did, it answers with verdicts; what it
             raises is the grader's own fault and stops the grading of this submission.
         seed: the seed ``judge`` uses.
+        walled: whether student code runs in a sandbox; recorded with the grade.
     """
 
-    def __init__(self, judge: Judge, seed: int, **kwargs: Any) -> None:
+    def __init__(self, judge: Judge, seed: int, walled: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.judge = judge
         self.seed = seed
+        self.walled = walled
 
     def preprocess(
         self, nb: NotebookNode, resources: dict[str, Any]
@@ -54,7 +56,11 @@ class OraclePreprocessor(NbGraderPreprocessor):
             # A grade cell that is a solution too is a written question: a person grades it.
             if is_grade(cell) and not is_solution(cell):
                 cell.outputs = [_output(cell, verdicts)]
-        nb.metadata["fewer"] = {"version": fewer.__version__, "seed": self.seed}
+        nb.metadata["fewer"] = {
+            "version": fewer.__version__,
+            "seed": self.seed,
+            "sandbox": self.walled,
+        }
         return nb, resources
 
 

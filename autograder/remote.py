@@ -25,7 +25,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from autograder import wire
+from autograder import sandbox, wire
 from autograder.candidate import Call
 from autograder.compare import CandidateDied, CandidateError
 from autograder.verdict import show_call
@@ -50,17 +50,29 @@ class Zygote:
 
     Use it as a context manager, from one thread.
 
+    Args:
+        walled: whether it and its children run behind the walls of `autograder.sandbox`.
+
     Raises:
         GraderError: the process does not start, or is gone.
+        sandbox.NoSandbox: it should be walled, and this machine cannot do that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, walled: bool = False) -> None:
+        if walled and (reason := sandbox.missing()):
+            raise sandbox.NoSandbox(reason)
+        self.walled = walled
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open for as long as the zygote)
         self._control, theirs = socket.socketpair()
-        with theirs:
+        with theirs, sandbox.seccomp_file() if walled else contextlib.nullcontext() as rules:
+            argv = [sys.executable, "-P", "-m", "autograder.child", str(theirs.fileno())]
+            inherited = [theirs.fileno()]
+            if rules is not None:
+                argv = sandbox.command([*argv, "walled"], ENVIRONMENT, rules.fileno())
+                inherited.append(rules.fileno())
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "autograder.child", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                argv,
+                pass_fds=inherited,
                 env=os.environ | ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -88,7 +100,7 @@ class Zygote:
         """
         return Child(self, memory, seed, cell_seconds, call_seconds, deadline)
 
-    def _fork(self, sock: socket.socket, folder: str, memory: int, seed: int) -> int:
+    def _fork(self, sock: socket.socket, folder: str | None, memory: int, seed: int) -> int:
         request = {"do": "fork", "folder": folder, "memory": memory, "seed": seed}
         return self._ask(request, fd=sock.fileno())
 
@@ -168,7 +180,8 @@ class Child:
         self.slow = False
         self.received = 0
         self._zygote = zygote
-        self._folder = tempfile.mkdtemp(prefix="fewer-")
+        # Behind walls the zygote makes the folder, in a /tmp of its own.
+        self._folder = None if zygote.walled else tempfile.mkdtemp(prefix="fewer-")
         self._sock, theirs = socket.socketpair()
         try:
             with theirs:
@@ -307,8 +320,10 @@ class Child:
             _remove(self._folder)
 
 
-def _remove(folder: str) -> None:
+def _remove(folder: str | None) -> None:
     """Delete a folder with whatever was left in it, were it nested too deep for `shutil.rmtree`."""
+    if folder is None:
+        return
     try:
         os.rmdir(folder)
     except OSError:

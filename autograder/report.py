@@ -111,6 +111,7 @@ class ClassReport:
     students: list[Student]
     possible: float
     graded_with: list[str] = field(default_factory=list)
+    walled: bool = False  # whether all student code ran in a sandbox
 
     @cached_property
     def submitted(self) -> list[Student]:
@@ -218,7 +219,7 @@ def read_class(course: Path, assignment: str) -> ClassReport:
                 f"assignment must be one of the gradebook's ({known}), got {assignment!r}"
             ) from None
         students = []
-        graded_with = set()
+        graded_with, walled = set(), []
         for person in book.students:
             name = " ".join(part for part in (person.first_name, person.last_name) if part)
             student = Student(person.id, name or person.id, None, entry.max_score)
@@ -236,12 +237,20 @@ def read_class(course: Path, assignment: str) -> ClassReport:
                 found |= verdicts(nb)
                 if made := nb.metadata.get("fewer"):
                     graded_with.add(f"fewer {made['version']}, seed {made['seed']}")
+                    walled.append(made.get("sandbox") is True)
             score = max(0.0, submission.score - submission.late_submission_penalty)
             adjustments = _adjustments(submission)
             students.append(replace(student, score=score, verdicts=found, adjustments=adjustments))
         students.sort(key=lambda student: (student.name.casefold(), student.id))
         title = _title(course, assignment)
-        return ClassReport(assignment, title, students, entry.max_score, sorted(graded_with))
+        return ClassReport(
+            assignment,
+            title,
+            students,
+            entry.max_score,
+            sorted(graded_with),
+            walled=bool(walled) and all(walled),
+        )
 
 
 def verdicts(nb: NotebookNode) -> dict[str, Verdict]:

@@ -15,17 +15,20 @@ from nbgrader.api import Gradebook
 
 import fewer
 from autograder import course as courses
+from autograder import sandbox
 from autograder.build import build, source_notebook, student_notebook
 from autograder.course import NO_SANDBOX, CourseError, create_course, grade, release, scores
 from autograder.exercise import exercises
 from autograder.oracle import GraderFault
 from autograder.oracle import _output as oracle_output
 from autograder.remote import GraderError
+from autograder.report import read_class, render
 from autograder.verdict import MIME, Result, Verdict
 
 pytestmark = pytest.mark.xdist_group("course")  # the fixtures below grade whole classes
 
 LAB = "lab7_small"
+WALLED = not sandbox.missing()
 FIRST, SECOND = "quantize_symmetric", "quantize_asymmetric"
 SCRIPT = f"""\
 # %% [markdown]
@@ -156,7 +159,7 @@ def course(root, tmp_path_factory):
 def graded(course):
     """The class graded once, with everything that `progress` was told."""
     told = []
-    summary = grade(course, LAB, progress=lambda *said: told.append(said))
+    summary = grade(course, LAB, walled=WALLED, progress=lambda *said: told.append(said))
     return summary, told
 
 
@@ -181,7 +184,20 @@ def test_everybody_gets_the_points_they_deserve(graded):
     assert not of["untouched"].waiting  # nothing was answered, so nobody has to read it
     assert of["perfect"].waiting
     assert of["late"].late_penalty == BOTH
+    assert summary.notices == ([] if WALLED else [NO_SANDBOX])
+
+
+def test_without_a_sandbox_grading_refuses_or_says_so_in_every_report(
+    course, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sandbox, "missing", lambda: "bubblewrap is not installed: apt install it")
+    with pytest.raises(CourseError, match=r"isolated .* bubblewrap is not .* --unsafe-no-sandbox"):
+        grade(course, LAB)
+    copy = shutil.copytree(course, tmp_path / "copy")
+    summary = grade(copy, LAB, walled=False)
     assert summary.notices == [NO_SANDBOX]
+    assert not read_class(copy, LAB).walled
+    assert "Student code ran without a sandbox" in render(read_class(copy, LAB))
 
 
 def test_a_submission_that_cannot_be_graded_is_listed_and_stops_nobody(graded, course):
@@ -209,7 +225,8 @@ def test_the_csv_has_a_row_for_every_student(graded):
 
 def test_a_graded_notebook_holds_verdicts_seed_and_course_version(graded, course):
     notebook = nbformat.read(course / "autograded" / "tampered" / LAB / f"{LAB}.ipynb", 4)
-    assert notebook.metadata["fewer"] == {"version": fewer.__version__, "seed": 0}
+    made = {"version": fewer.__version__, "seed": 0, "sandbox": WALLED}
+    assert notebook.metadata["fewer"] == made
     check = cell_of(notebook, f"check_{SECOND}")
     assert check.source == f"check({SECOND})"
     assert check.metadata.nbgrader.points == MAX[SECOND]
@@ -267,7 +284,7 @@ def test_grading_again_in_two_processes_gives_the_same_and_keeps_what_a_person_e
         answer.needs_manual_grade = False
         gradebook.db.commit()
     assert {s.student: s.points for s in scores(course, LAB)}["perfect"] == BOTH + 3
-    again = grade(course, LAB, jobs=2)
+    again = grade(course, LAB, jobs=2, walled=WALLED)
     assert points_of(again) == {**POINTS, "perfect": BOTH + 3}
     assert again.failed == summary.failed
     by_student = {score.student: score for score in again.scores}
@@ -285,7 +302,8 @@ def test_a_fault_of_the_grader_is_no_zero_and_the_next_submission_gets_a_fresh_p
     zygotes = []
 
     class FakeZygote:
-        def __init__(self):
+        def __init__(self, walled):
+            assert walled == WALLED
             zygotes.append(self)
             self.closed = False
 
@@ -299,7 +317,7 @@ def test_a_fault_of_the_grader_is_no_zero_and_the_next_submission_gets_a_fresh_p
 
     monkeypatch.setattr(courses, "Zygote", FakeZygote)
     monkeypatch.setattr(courses, "judge_notebook", faulty)
-    again = grade(course, LAB)
+    again = grade(course, LAB, walled=WALLED)
     fault = (
         "the grader's own fault: the grading process is gone; the gradebook keeps the earlier grade"
     )
@@ -324,7 +342,7 @@ def test_points_that_differ_from_the_released_ones_are_a_fault_of_the_grader(cou
 
 def test_what_cannot_be_graded_at_all_says_what_to_do(root, tmp_path):
     with pytest.raises(CourseError, match="no course folder"):
-        grade(tmp_path, LAB)
+        grade(tmp_path, LAB, walled=WALLED)
     with pytest.raises(ValueError, match=r"labs must be among .*\(7\), got 3"):
         create_course(tmp_path / "a", root, [3])
     create_course(tmp_path / "a", root)
@@ -335,7 +353,7 @@ def test_what_cannot_be_graded_at_all_says_what_to_do(root, tmp_path):
     with pytest.raises(CourseError, match="make the course with the lab first"):
         release(tmp_path / "a", "lab8_none")
     with pytest.raises(CourseError, match="nothing was handed in"):
-        grade(tmp_path / "a", LAB)
+        grade(tmp_path / "a", LAB, walled=WALLED)
     hand_in(tmp_path / "a", "x", None)
     with pytest.raises(CourseError, match="release it before grading"):
-        grade(tmp_path / "a", LAB)
+        grade(tmp_path / "a", LAB, walled=WALLED)

@@ -8,6 +8,7 @@ import sqlite3
 import statistics
 import warnings
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -193,7 +194,8 @@ def test_the_page_shows_the_numbers() -> None:
     assert "zero stays 1 of 2" in text
     assert "You did squint. fold · Ben" in text
     assert "Graded with fewer 0.1.0, seed 3." in text
-    assert "without a sandbox" in text
+    assert "ran without a sandbox" in text
+    assert "ran in a sandbox" in Page(render(replace(report, walled=True))).text
 
 
 def test_the_page_shows_what_people_and_rules_changed() -> None:
