@@ -11,23 +11,26 @@ namespaces of its own:
     rights     no capabilities; a filter refuses the system calls that pry into other processes,
                mount, make namespaces, or talk to parts of the kernel that no exercise needs
 
-Memory is bounded for each process (`limit_memory` in `autograder.child`), time by the grader. What
-is not bounded yet: the number of processes that a child starts, where the grader runs as root, and
-the memory of all of them together. They end with the child.
+Memory is bounded for each process (`limit_memory` in `autograder.child`), time by the grader. How
+many processes a child starts, and what they take together, is watched from outside (`Watcher`): ten
+times a second, so that one may go beyond for a moment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import platform
 import shutil
+import signal
 import site
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -89,6 +92,88 @@ MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # c
 CLONE3, CLONE_NEWUSER = 435, 0x10000000
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of classic BPF
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000  # of seccomp; REFUSE with an errno
+
+
+PROCESSES = 64  # that a child may have at a time, threads not counted
+ALL_MEMORY = 4 << 30  # bytes that they may take together, beside what they share with the zygote
+PERIOD = 0.1  # seconds
+
+
+class Watcher(threading.Thread):
+    """Ends the processes of a child that are too many, or take too much memory together.
+
+    Limits of the kernel would be better, but no process that root starts has one on its number, and
+    a control group is not to be had everywhere. What is ended is the student's, never the zygote.
+
+    Args:
+        bubblewrap: process id of bubblewrap, whose child is the zygote.
+    """
+
+    def __init__(self, bubblewrap: int) -> None:
+        super().__init__(daemon=True, name="sandbox watcher")
+        self.bubblewrap = bubblewrap
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        """Look every now and then, until `over` is set or the zygote is gone."""
+        while not self.over.wait(PERIOD):
+            for zygote in children(self.bubblewrap):
+                for _ in range(100):  # new ones may come while the others are ended
+                    found = descendants(zygote)
+                    if len(found) <= PROCESSES and memory_of(found, zygote) <= ALL_MEMORY:
+                        break
+                    for process in found:
+                        with contextlib.suppress(ProcessLookupError, PermissionError):
+                            os.kill(process, signal.SIGKILL)
+
+
+def children(process: int) -> list[int]:
+    """Process ids of those that a process started and that live; [] if it is gone itself."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{process}/task"):
+            with (
+                contextlib.suppress(OSError),
+                open(f"/proc/{process}/task/{task}/children") as file,
+            ):
+                found += map(int, file.read().split())
+    return found
+
+
+def descendants(process: int) -> list[int]:
+    """Those, those that they started, and so on."""
+    found = children(process)
+    for one in found:  # the list grows as it is gone through
+        found += children(one)
+    return found
+
+
+def memory_of(processes: list[int], zygote: int) -> int:
+    """Bytes of memory that processes take together: those that they share with the zygote once.
+
+    A first look is cheap: what each takes beyond the zygote. What is too much by that is counted
+    again by proportional shares, which takes milliseconds a process.
+    """
+    common = _resident(zygote)
+    if sum(max(0, _resident(process) - common) for process in processes) <= ALL_MEMORY:
+        return 0
+    return sum(map(_proportional, processes))
+
+
+def _resident(process: int) -> int:
+    try:
+        with open(f"/proc/{process}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        return 0
+
+
+def _proportional(process: int) -> int:
+    try:
+        with open(f"/proc/{process}/smaps_rollup") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return _resident(process)
 
 
 class NoSandbox(Exception):

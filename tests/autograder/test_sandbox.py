@@ -162,6 +162,28 @@ def test_the_disk_and_files_are_bounded(child: Child) -> None:
     assert "Too many open files" in attempt(child, "[open('/dev/null') for _ in range(2000)]")
 
 
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "while True:\n    os.fork()",
+        "for _ in range(10):\n    os.fork() or (b'a' * (99 << 20), time.sleep(99))\ntime.sleep(99)",
+        "for _ in range(500):\n    subprocess.Popen(['sleep', '99'])\ntime.sleep(99)",
+    ],
+    ids=["forks", "memory", "programs"],
+)
+def test_processes_and_their_memory_are_bounded_together(
+    bomb: str, walled: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "ALL_MEMORY", 500 << 20)
+    with walled.child() as child:
+        child.run_cell(TRY, "try")
+        with pytest.raises(CandidateDied, match="killed by signal 9"):
+            child.run_cell(bomb, "bomb")
+    with walled.child() as next_one:
+        next_one.run_cell(TRY, "try")
+        assert attempt(next_one, "2 + 2") == "4"
+
+
 def test_secrets_of_the_environment_stay_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "1234")
     with Zygote(walled=True) as zygote, zygote.child() as child:
