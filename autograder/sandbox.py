@@ -95,7 +95,7 @@ ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000  # of seccomp; REFUSE w
 
 
 PROCESSES = 64  # that a child may have at a time, threads not counted
-ALL_MEMORY = 4 << 30  # bytes that they may take together, beside what they share with the zygote
+ALL_MEMORY = 4 << 30  # bytes that they may take together
 PERIOD = 0.1  # seconds
 
 
@@ -120,7 +120,7 @@ class Watcher(threading.Thread):
             for zygote in children(self.bubblewrap):
                 for _ in range(100):  # new ones may come while the others are ended
                     found = descendants(zygote)
-                    if len(found) <= PROCESSES and memory_of(found, zygote) <= ALL_MEMORY:
+                    if len(found) <= PROCESSES and memory_of(found) <= ALL_MEMORY:
                         break
                     for process in found:
                         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -148,16 +148,14 @@ def descendants(process: int) -> list[int]:
     return found
 
 
-def memory_of(processes: list[int], zygote: int) -> int:
-    """Bytes of memory that processes take together: those that they share with the zygote once.
+def memory_of(processes: list[int]) -> int:
+    """Bytes of memory that processes take together; what they share is shared out among them.
 
-    A first look is cheap: what each takes beyond the zygote. What is too much by that is counted
-    again by proportional shares, which takes milliseconds a process.
+    That takes milliseconds a process, so it is done only if a quick look finds too much: there
+    each has all that it shares.
     """
-    common = _resident(zygote)
-    if sum(max(0, _resident(process) - common) for process in processes) <= ALL_MEMORY:
-        return 0
-    return sum(map(_proportional, processes))
+    quick = sum(map(_resident, processes))
+    return sum(map(_proportional, processes)) if quick > ALL_MEMORY else quick
 
 
 def _resident(process: int) -> int:
