@@ -37,12 +37,12 @@ import fewer
 from autograder import wire
 from autograder.candidate import student_lines
 from autograder.compare import CandidateError
+from autograder.sandbox import forbid_processes
 
 LONGEST_MESSAGE = 2000  # characters of what an exception says
 LIMITS = {  # behind walls
     resource.RLIMIT_FSIZE: 256 << 20,
     resource.RLIMIT_NOFILE: 512,
-    resource.RLIMIT_NPROC: 512,  # of the user, and not if that is root
 }
 RUN_THEIR_CELL = {"capture", "prun", "time", "timeit"}  # magics whose body is still the student's
 
@@ -130,8 +130,9 @@ def sweep() -> None:
             break
     for folder in ("/tmp", "/dev/shm"):
         left = [os.path.join(folder, name) for name in os.listdir(folder)]
-        if left:
-            subprocess.run(["rm", "-rf", "--", *left], stderr=subprocess.DEVNULL, check=False)
+        if left:  # not what is mounted there, to be read
+            sweeper = ["rm", "-rf", "--one-file-system", "--", *left]
+            subprocess.run(sweeper, stderr=subprocess.DEVNULL, check=False)
 
 
 def end(pid: int, patience: float) -> int | None:
@@ -171,6 +172,7 @@ def become_child(fd: int, request: dict[str, Any]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for what, most in LIMITS.items():
             resource.setrlimit(what, (most, most))
+        forbid_processes()
     sys.path.insert(0, "")  # as in a notebook
     sys.argv = [""]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

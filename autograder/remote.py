@@ -79,9 +79,6 @@ class Zygote:
                 stderr=self._log,
                 start_new_session=True,  # Ctrl-C is for the grader, which then hangs up
             )
-        self._watcher = sandbox.Watcher(self._process.pid) if walled else None
-        if self._watcher:
-            self._watcher.start()
         if self._ask(None, START_SECONDS) != "ready":
             raise GraderError("the grading process does not start")
 
@@ -129,8 +126,6 @@ class Zygote:
     def close(self) -> None:
         """Hang up: the zygote kills and reaps its children, and goes."""
         self._control.close()
-        if self._watcher:
-            self._watcher.over.set()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:

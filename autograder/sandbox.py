@@ -11,26 +11,25 @@ namespaces of its own:
     rights     no capabilities; a filter refuses the system calls that pry into other processes,
                mount, make namespaces, or talk to parts of the kernel that no exercise needs
 
-Memory is bounded for each process (`limit_memory` in `autograder.child`), time by the grader. How
-many processes a child starts, and what they take together, is watched from outside (`Watcher`): ten
-times a second, so that one may go beyond for a moment.
+A child may have threads but start no process: a second filter, set after the fork, sees to that.
+(No limit of the kernel holds for what root starts, and a fork bomb starves whoever watches it.) So
+the bound on the memory of one process (`limit_memory` in `autograder.child`) is one on all; time is
+bounded by the grader.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import errno
 import functools
 import os
 import platform
 import shutil
-import signal
 import site
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -89,89 +88,9 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "userfaultfd": (323, 282),
 }
 MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column, arch, clone
-CLONE3, CLONE_NEWUSER = 435, 0x10000000
+CLONE3, CLONE_NEWUSER, CLONE_THREAD = 435, 0x10000000, 0x10000
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of classic BPF
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000  # of seccomp; REFUSE with an errno
-
-
-PROCESSES = 64  # that a child may have at a time, threads not counted
-ALL_MEMORY = 4 << 30  # bytes that they may take together
-PERIOD = 0.1  # seconds
-
-
-class Watcher(threading.Thread):
-    """Ends the processes of a child that are too many, or take too much memory together.
-
-    Limits of the kernel would be better, but no process that root starts has one on its number, and
-    a control group is not to be had everywhere. What is ended is the student's, never the zygote.
-
-    Args:
-        bubblewrap: process id of bubblewrap, whose child is the zygote.
-    """
-
-    def __init__(self, bubblewrap: int) -> None:
-        super().__init__(daemon=True, name="sandbox watcher")
-        self.bubblewrap = bubblewrap
-        self.over = threading.Event()
-
-    def run(self) -> None:
-        """Look every now and then, until `over` is set or the zygote is gone."""
-        while not self.over.wait(PERIOD):
-            for zygote in children(self.bubblewrap):
-                for _ in range(100):  # new ones may come while the others are ended
-                    found = descendants(zygote)
-                    if len(found) <= PROCESSES and memory_of(found) <= ALL_MEMORY:
-                        break
-                    for process in found:
-                        with contextlib.suppress(ProcessLookupError, PermissionError):
-                            os.kill(process, signal.SIGKILL)
-
-
-def children(process: int) -> list[int]:
-    """Process ids of those that a process started and that live; [] if it is gone itself."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{process}/task"):
-            with (
-                contextlib.suppress(OSError),
-                open(f"/proc/{process}/task/{task}/children") as file,
-            ):
-                found += map(int, file.read().split())
-    return found
-
-
-def descendants(process: int) -> list[int]:
-    """Those, those that they started, and so on."""
-    found = children(process)
-    for one in found:  # the list grows as it is gone through
-        found += children(one)
-    return found
-
-
-def memory_of(processes: list[int]) -> int:
-    """Bytes of memory that processes take together; what they share is shared out among them.
-
-    That takes milliseconds a process, so it is done only if a quick look finds too much: there
-    each has all that it shares.
-    """
-    quick = sum(map(_resident, processes))
-    return sum(map(_proportional, processes)) if quick > ALL_MEMORY else quick
-
-
-def _resident(process: int) -> int:
-    try:
-        with open(f"/proc/{process}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-    except OSError:
-        return 0
-
-
-def _proportional(process: int) -> int:
-    try:
-        with open(f"/proc/{process}/smaps_rollup") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("Pss:"))
-    except (OSError, StopIteration):
-        return _resident(process)
 
 
 class NoSandbox(Exception):
@@ -179,7 +98,9 @@ class NoSandbox(Exception):
 
 
 def filter_program(machine: str) -> bytes:
-    """The seccomp filter, as the kernel takes it: instructions of (code, jump, jump, number).
+    """The seccomp filter for all behind the walls, as the kernel takes it.
+
+    Those are instructions of (code, jump, jump, number).
 
     Raises:
         NoSandbox: for a processor whose system calls are not listed here.
@@ -190,18 +111,51 @@ def filter_program(machine: str) -> bytes:
     """
     if machine not in MACHINES:
         raise NoSandbox(f"there is no filter of system calls for {machine} processors")
-    column, arch, clone = MACHINES[machine]
-    steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    if machine == "x86_64":  # the calls of x32 are the same ones under other numbers
-        steps += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, REFUSE | errno.EPERM)]
+    column, _, clone = MACHINES[machine]
+    steps = []
     for numbers in REFUSED.values():
         if (number := numbers[column]) is not None:
             steps += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE | errno.EPERM)]
     # clone3 has its flags where no filter sees them: without it, libraries call clone.
     steps += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | errno.ENOSYS)]
     steps += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (ANY_BIT, 0, 1, CLONE_NEWUSER)]
-    steps += [(RETURN, 0, 0, REFUSE | errno.EPERM), (RETURN, 0, 0, ALLOW)]
-    return b"".join(struct.pack("HBBI", *step) for step in steps)
+    return _program(machine, [*steps, (RETURN, 0, 0, REFUSE | errno.EPERM)])
+
+
+def no_processes(machine: str) -> bytes:
+    """The filter for a child: threads yes, processes no."""
+    clone = MACHINES[machine][2]
+    steps = []
+    if machine == "x86_64":
+        for number in (57, 58):  # fork and vfork, which aarch64 does not have
+            steps += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE | errno.EPERM)]
+    steps += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (ANY_BIT, 1, 0, CLONE_THREAD)]
+    return _program(machine, [*steps, (RETURN, 0, 0, REFUSE | errno.EPERM)])
+
+
+def _program(machine: str, steps: list[tuple[int, int, int, int]]) -> bytes:
+    """A filter that does the steps, with the number of a call at hand, for calls of this machine;
+    what they do not refuse is allowed."""
+    arch = MACHINES[machine][1]
+    before = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    if machine == "x86_64":  # the calls of x32 are the same ones under other numbers
+        before += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, REFUSE | errno.EPERM)]
+    return b"".join(struct.pack("HBBI", *one) for one in [*before, *steps, (RETURN, 0, 0, ALLOW)])
+
+
+def forbid_processes() -> None:
+    """From here on, this process starts no other. There is no way back."""
+    steps = no_processes(platform.machine())
+    buffer = ctypes.create_string_buffer(steps, len(steps))
+
+    class Program(ctypes.Structure):  # struct sock_fprog
+        _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_void_p))
+
+    program = Program(len(steps) // 8, ctypes.addressof(buffer))
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    # PR_SET_NO_NEW_PRIVS; PR_SET_SECCOMP with SECCOMP_MODE_FILTER
+    if prctl(38, 1, 0, 0, 0) or prctl(22, 2, ctypes.byref(program), 0, 0):
+        raise OSError(ctypes.get_errno(), "the filter of system calls cannot be set")
 
 
 def command(argv: list[str], environment: Mapping[str, str], seccomp: int) -> list[str]:
@@ -227,9 +181,10 @@ def command(argv: list[str], environment: Mapping[str, str], seccomp: int) -> li
         *("bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session"),
         *("--cap-drop", "ALL", "--hostname", "sandbox", "--clearenv"),
         *(part for name, value in wanted.items() for part in ("--setenv", name, value)),
+        # What may be written comes first: Python, or this folder, may lie somewhere below /tmp.
+        *("--proc", "/proc", "--dev", "/dev", *bounded, "/dev/shm", *bounded, "/tmp"),
         *(part for path in readable for part in ("--ro-bind-try", path, path)),
         *("--tmpfs", str(own / "checks"), "--remount-ro", str(own / "checks")),
-        *("--proc", "/proc", "--dev", "/dev", *bounded, "/dev/shm", *bounded, "/tmp"),
         *("--remount-ro", "/", "--chdir", "/tmp", "--seccomp", str(seccomp), "--", *argv),
     ]
 
@@ -255,7 +210,7 @@ def missing() -> str:
         return ""
     said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
     return (
-        f"bubblewrap cannot make its walls here ({said[0]}). Ordinary users need user namespaces: "
+        f"bubblewrap cannot make its walls here ({said[0]}). It may want user namespaces: "
         "sysctl kernel.unprivileged_userns_clone=1 (Debian), or an AppArmor profile for bwrap "
         "(Ubuntu 24.04). Containers need --security-opt seccomp=unconfined, or more rights"
     )
