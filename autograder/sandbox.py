@@ -42,7 +42,7 @@ SYSTEM = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.conf"),
     *("/etc/ld.so.conf.d", "/etc/alternatives", "/etc/fonts", "/etc/localtime"),
 )
-PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "FEWER_SMALL", "FEWER_HOME")
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "FEWER_SMALL")
 
 # System calls by number, on x86_64 and aarch64; None: there is none.
 REFUSED: dict[str, tuple[int | None, int | None]] = {
@@ -177,6 +177,8 @@ def command(argv: list[str], environment: Mapping[str, str], seccomp: int) -> li
     bounded = ["--size", str(DISK), "--tmpfs"]
     wanted = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     wanted |= {**environment, "HOME": "/tmp", "USER": "student", "LOGNAME": "student"}
+    wanted["FEWER_HOME"] = str(cache_home())  # which a new HOME would change
+    checks = sorted({str(own / "checks"), str((own / "checks").resolve())})
     return [
         *("bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session"),
         *("--cap-drop", "ALL", "--hostname", "sandbox", "--clearenv"),
@@ -184,7 +186,7 @@ def command(argv: list[str], environment: Mapping[str, str], seccomp: int) -> li
         # What may be written comes first: Python, or this folder, may lie somewhere below /tmp.
         *("--proc", "/proc", "--dev", "/dev", *bounded, "/dev/shm", *bounded, "/tmp"),
         *(part for path in readable for part in ("--ro-bind-try", path, path)),
-        *("--tmpfs", str(own / "checks"), "--remount-ro", str(own / "checks")),
+        *(part for path in checks for part in ("--tmpfs", path, "--remount-ro", path)),
         *("--remount-ro", "/", "--chdir", "/tmp", "--seccomp", str(seccomp), "--", *argv),
     ]
 

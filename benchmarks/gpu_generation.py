@@ -5,7 +5,7 @@ combination of weights and cache does what `fewer.kernels.generate` does. A rand
 sizes of Llama 3 8B does the same without a prompt: its numbers mean nothing, but its weights weigh
 15 GB, and what a GPU is waiting for in SmolLM2 (0.27 GB) is mostly the next launch.
 
-    python benchmarks/gpu_generation.py                           # all of it: 3 minutes on an H100
+    python benchmarks/gpu_generation.py                           # all of it: 5 minutes on an H100
     python benchmarks/gpu_generation.py --models smollm2 --batches 1 --prompts 512
     python benchmarks/gpu_generation.py --combinations "full/full;w4/int4"
     python benchmarks/gpu_generation.py --device cpu --small      # a test: its times say nothing

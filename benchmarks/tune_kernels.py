@@ -8,7 +8,7 @@ kernels stays.
 
     python benchmarks/tune_kernels.py w4a16 nf4 --rows 1 --rows 16 --shape 28672x8192
     python benchmarks/tune_kernels.py hadamard_16 decode_attention_4      # their usual sizes
-    python benchmarks/tune_kernels.py                                     # all: half an hour
+    python benchmarks/tune_kernels.py                                     # all, many minutes
 """
 
 import json
@@ -37,7 +37,7 @@ from fewer.kernels import (
     w4a16,
     w8a16,
 )
-from fewer.kernels.split_k import RESIDENT, scratch
+from fewer.kernels.split_k import scratch, usual_split
 from fewer.progress import track
 
 STORED = Path(w4a16.__file__).parent / "configs.json"
@@ -103,15 +103,9 @@ def candidates(case: Case) -> Iterator[Settings]:
             registers = bn * bm // (32 * warps)
             buffers = stages * 4 * bm * tile * 2 + (stages - 1) * bn * tile * 2
             if not (idle or registers > 64 or bn // warps > 32 or buffers > 220_000):
-                yield {
-                    "BLOCK_M": bm, "BLOCK_N": bn, "TILE": tile, "num_warps": warps,
-                    "num_stages": stages, "SPLIT": _usual_split(case, bm, bn),
-                }  # fmt: skip
-
-
-def _usual_split(case: Case, block_m: int, block_n: int) -> int:
-    programs = -(-case.shape["n"] // block_n) * -(-case.shape["m"] // block_m)
-    return max(1, min(RESIDENT // programs, case.shape["k"] // 512, 16))
+                tiles = {"BLOCK_M": bm, "BLOCK_N": bn, "TILE": tile}
+                split = usual_split(**case.shape, block_m=bm, block_n=bn)
+                yield {**tiles, "num_warps": warps, "num_stages": stages, "SPLIT": split}
 
 
 def launches(case: Case, copies: int) -> list[Callable[[Settings], object]]:
@@ -262,8 +256,8 @@ def main(
     names = kernels or [*WEIGHT_ONLY, *HADAMARD, *ATTENTION]
     wanted = cases(names, rows or list(ROWS), shape or list(SHAPES))
     first = [(case, settings) for case in wanted for settings in candidates(case)]
-    fork = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=fork) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
         failed = _compile(pool, first)
         for case in wanted:
             tried = tune(

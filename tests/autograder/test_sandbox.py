@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,9 @@ from autograder.compare import CandidateDied
 from autograder.exercise import find
 from autograder.judge import judge
 from autograder.remote import Child, Zygote
+from fewer.models.fetch import cache_home
 
-pytestmark = [
-    pytest.mark.xdist_group("sandbox"),
-    pytest.mark.skipif(bool(sandbox.missing()), reason=sandbox.missing()),
-]
+pytestmark = pytest.mark.xdist_group("sandbox")
 
 TRY = '''
 import ctypes, os, signal, socket, subprocess, sys, threading, time
@@ -43,6 +42,8 @@ OTHERS = "[p for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid
 
 @pytest.fixture(scope="module")
 def walled() -> Iterator[Zygote]:
+    if reason := sandbox.missing():
+        pytest.skip(reason)
     with Zygote(walled=True) as zygote:
         yield zygote
 
@@ -56,6 +57,17 @@ def child(walled: Zygote) -> Iterator[Child]:
 
 def attempt(child: Child, what: str) -> str:
     return child.candidate("attempt")(what)
+
+
+def test_where_bubblewrap_works_our_walls_stand() -> None:
+    """Otherwise a mistake in how it is called would only skip the other tests."""
+    rest = ["--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "true"]
+    try:
+        done = subprocess.run(["bwrap", "--unshare-all", *rest], capture_output=True, check=False)
+    except FileNotFoundError:
+        assert "bubblewrap is not installed" in sandbox.missing()
+    else:
+        assert bool(sandbox.missing()) == bool(done.returncode), sandbox.missing()
 
 
 def test_honest_work_gets_the_points_that_it_gets_without_walls(walled: Zygote) -> None:
@@ -81,6 +93,12 @@ def test_files_of_this_machine_are_not_there(child: Child, tmp_path: Path) -> No
     checks = Path(sandbox.__file__).parent / "checks"
     assert attempt(child, f"os.listdir({str(checks)!r})") == "[]"
     assert "ModuleNotFound" in attempt(child, "__import__('autograder.checks.quantization')")
+
+
+def test_models_are_where_they_were(child: Child) -> None:
+    found = attempt(child, "__import__('fewer.models.fetch').models.fetch.cache_home()")
+    assert found == str(cache_home())
+    assert attempt(child, f"os.path.isdir({found!r})") == str(cache_home().is_dir())
 
 
 def test_nothing_but_its_own_folder_can_be_written(child: Child) -> None:
@@ -176,6 +194,7 @@ def test_threads_may_be_started_but_no_processes(child: Child) -> None:
     assert attempt(child, "__import__('torch').ones(999, 999).sum().item()") == "998001.0"
 
 
+@pytest.mark.usefixtures("walled")
 def test_secrets_of_the_environment_stay_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "1234")
     with Zygote(walled=True) as zygote, zygote.child() as child:

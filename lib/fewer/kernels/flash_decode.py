@@ -43,13 +43,6 @@ def share(tokens, lengths_ptr, batch, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def grow(x, largest):
-    """With scores x [rows, tokens]: the new maximum, the factor of sums so far, 2^(x - maximum)."""
-    new = tl.maximum(largest, tl.max(x, axis=1))
-    return new, tl.exp2(largest - new), tl.exp2(x - new[:, None])
-
-
-@triton.jit
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, part_ptr, lse_ptr, scores_ptr,
     tokens, kv_heads, slot, slots, place, places, factor,
@@ -85,7 +78,10 @@ def decode_kernel(
                 x,
                 real & (t < last)[None, :],
             )
-        largest, shrink, p = grow(tl.where((t < last)[None, :], x, -float("inf")), largest)
+        x = tl.where((t < last)[None, :], x, -float("inf"))
+        new = tl.maximum(largest, tl.max(x, axis=1))
+        shrink, p = tl.exp2(largest - new), tl.exp2(x - new[:, None])
+        largest = new
         total = total * shrink[:, None] + p
         v = tl.load(
             v_ptr + tl.cast(start, tl.int64) * v_token + value_place,

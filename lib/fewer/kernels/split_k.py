@@ -38,8 +38,18 @@ def default_settings(m: int, n: int, k: int) -> dict[str, int]:
         tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "TILE": 64, "num_warps": 4, "num_stages": 3}
     else:
         tiles = {"BLOCK_M": 64, "BLOCK_N": 128, "TILE": 32, "num_warps": 8, "num_stages": 3}
-    programs = -(-n // tiles["BLOCK_N"]) * -(-m // tiles["BLOCK_M"])
-    return {**tiles, "SPLIT": max(1, min(RESIDENT // programs, k // 512, 16))}
+    return {**tiles, "SPLIT": usual_split(m, n, k, tiles["BLOCK_M"], tiles["BLOCK_N"])}
+
+
+def usual_split(m: int, n: int, k: int, block_m: int, block_n: int) -> int:
+    """So many parts of k that as many programs as run at a time have something to do.
+
+    Example:
+        >>> usual_split(1, 4096, 14336, 8, 64)
+        8
+    """
+    programs = -(-n // block_n) * -(-m // block_m)
+    return max(1, min(RESIDENT // programs, k // 512, 16))
 
 
 def scratch(

@@ -300,9 +300,8 @@ def packed_kernel(
     BLOCK: tl.constexpr = SLICES * WIDTH
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     CHUNKS: tl.constexpr = WIDTH // TILE  # of a block
-    SUMS_AHEAD: tl.constexpr = (
-        zero_ptr is not None and BLOCK_M <= 16
-    )  # more take too many registers
+    # Those of more rows would take too many registers.
+    SUMS_AHEAD: tl.constexpr = zero_ptr is not None and BLOCK_M <= 16
     split, tile_n, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     some_row = tl.minimum(row, n - 1)  # a mask would do; what the rows behind give is not stored
