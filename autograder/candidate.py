@@ -10,24 +10,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import linecache
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from autograder.compare import CandidateError, like
 
+if TYPE_CHECKING:
+    from autograder.foresight import Answer, Plan
+
 
 class Candidate(Protocol):
-    """Anything that answers calls. ``foresee`` may fetch the answers to many calls at once."""
+    """Anything that answers calls. ``foresee`` may fetch the answers to many calls at once: those
+    of an `autograder.foresight.Plan`, for each set of inputs; None if calls cost nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def foresee(self, calls: list[Call]) -> None: ...
+    def foresee(self, plan: Plan) -> list[list[Answer]] | None: ...
 
 
 @dataclass
@@ -82,16 +87,16 @@ class Local:
         except Exception as error:
             raise CandidateError.of(error, student_lines(error)) from error
 
-    def foresee(self, calls: list[Call]) -> None:
+    def foresee(self, plan: Plan) -> None:
         """Nothing to fetch: calls are made when they are needed."""
 
 
 class Judged:
     """The candidate as a check sees it: answers in the reference's form, every call remembered."""
 
-    def __init__(self, candidate: Candidate, reference: Callable[..., Any]) -> None:
+    def __init__(self, candidate: Callable[..., Any], reference: Callable[..., Any]) -> None:
         self.candidate = candidate
-        self.reference = Local(reference)
+        self.reference: Callable[..., Any] = Local(reference)
         self.calls: list[Call] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,9 +120,11 @@ def student_lines(error: BaseException, limit: int = 3) -> str:
 
     Frames of installed packages are left out: the student can only change her own.
     """
-    frames = [
-        f"line {frame.lineno}: {frame.line}"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename.startswith(("<", "/tmp/ipykernel")) and frame.line
-    ]
-    return "\n".join(frames[-limit:])
+    lines = []
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code  # `extract_tb` would look at the files of all the others, too
+        if code.co_filename.startswith(("<", "/tmp/ipykernel")):
+            linecache.checkcache(code.co_filename)
+            if line := linecache.getline(code.co_filename, number, frame.f_globals).strip():
+                lines.append(f"line {number}: {line}")
+    return "\n".join(lines[-limit:])

@@ -9,24 +9,31 @@ imported here, and nothing that a child says is believed: what decides over poin
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import functools
 import gc
 import importlib
 import inspect
 import linecache
+import mmap
 import os
 import pkgutil
 import random
 import resource
+import select
 import signal
 import socket
-import subprocess
+import struct
 import sys
 import tempfile
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from signal import ITIMER_PROF, setitimer
+from time import monotonic
 from typing import Any, NoReturn
 
 import numpy as np
@@ -37,13 +44,20 @@ import fewer
 from autograder import wire
 from autograder.candidate import student_lines
 from autograder.compare import CandidateError
-from autograder.sandbox import forbid_processes
+from autograder.landlock import enter
+from autograder.sandbox import THREADS, empty, forbid_processes, second_wall, threads
 
 LONGEST_MESSAGE = 2000  # characters of what an exception says
+FLUSH_BYTES = 1 << 15  # of answers that are sent together
+FLUSH_SECONDS = 0.01  # ... unless they take longer than that
+AGAIN_SECONDS = 0.05  # of processor time, after which patience is lost once more
+WATCH_SECONDS = 0.1
 LIMITS = {  # behind walls
     resource.RLIMIT_FSIZE: 256 << 20,
     resource.RLIMIT_NOFILE: 512,
 }
+NUMBER = struct.Struct("<I")
+IMPORTING = "<frozen importlib._bootstrap>"  # the file name of Python's own code for that
 RUN_THEIR_CELL = {"capture", "prun", "time", "timeit"}  # magics whose body is still the student's
 
 
@@ -63,28 +77,44 @@ def main(fd: int, walled: bool) -> None:
     with contextlib.suppress(ImportError):
         importlib.import_module("matplotlib.pyplot")
     hide_the_grader()
+    library = Library()
+    Server(None, 0, Shared(library=library))  # what that loads is loaded once, and here
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page it looks at
     control = socket.socket(fileno=fd)
     if walled:
+        second_wall()
         let_others_look(False)
         # The first process gets no signal from inside, except those that it has handlers for.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire.send(control, wire.pack("ready"))
-    children: set[int] = set()
+    children: dict[int, mmap.mmap] = {}
+    kept: dict[str, list[Any]] = {}
     try:
         while True:
+            while children and not select.select([control], [], [], WATCH_SECONDS)[0]:
+                for pid in children:
+                    if threads(pid) > THREADS:  # the machine has only so many
+                        os.kill(pid, signal.SIGKILL)
             request = wire.unpack(wire.receive(control))
             if request["do"] == "fork":
-                pid = fork(control, request)
-                children.add(pid)
+                at = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the child
+                pid = fork(control, request, Shared(at, kept, library), children.values())
+                children[pid] = at
                 wire.send(control, wire.pack(pid))
+            elif request["do"] == "keep":
+                frames = [wire.receive(control) for _ in range(request["count"])]
+                kept[request["key"]] = [wire.unpack(frame) for frame in frames]
+                rehearse(request["module"], request["name"], frames[:1])
+                gc.freeze()
+                wire.send(control, wire.pack(None))
             else:
-                children.discard(request["pid"])
                 status = end(request["pid"], request["patience"])
+                with children.pop(request["pid"]) as at:
+                    (number,) = NUMBER.unpack_from(at)
                 if walled and not children:
                     sweep()
-                wire.send(control, wire.pack(status))
+                wire.send(control, wire.pack((status, number)))
     except (EOFError, OSError):
         for pid in children:
             end(pid, patience=0)
@@ -99,13 +129,29 @@ def hide_the_grader() -> None:
     sys.modules["autograder"] = stub
 
 
-def fork(control: socket.socket, request: dict[str, Any]) -> int:
+def rehearse(module: str, name: str, frames: list[bytes]) -> None:
+    """Call the library's function as children will: what PyTorch loads and sets up when it first
+    does something is then there for all of them."""
+    for frame in frames:
+        args, kwargs = wire.unpack(frame)
+        with contextlib.suppress(Exception):  # those that it should raise, or there is no such one
+            wire.pack({"value": getattr(sys.modules[module], name)(*args, **kwargs)})
+
+
+def fork(
+    control: socket.socket,
+    request: dict[str, Any],
+    shared: Shared,
+    of_others: Iterable[mmap.mmap],
+) -> int:
     """Start a child that serves on the socket that follows the request; its process id."""
     _, (fd, *_), _, _ = socket.recv_fds(control, 1, 1)
     pid = os.fork()
     if pid == 0:
         try:
-            become_child(fd, request)
+            for at in of_others:
+                at.close()
+            become_child(fd, request, shared)
         finally:
             os._exit(70)  # only if the serving itself broke down
     os.close(fd)
@@ -129,10 +175,7 @@ def sweep() -> None:
         except ChildProcessError:
             break
     for folder in ("/tmp", "/dev/shm"):
-        left = [os.path.join(folder, name) for name in os.listdir(folder)]
-        if left:  # not what is mounted there, to be read
-            sweeper = ["rm", "-rf", "--one-file-system", "--", *left]
-            subprocess.run(sweeper, stderr=subprocess.DEVNULL, check=False)
+        empty(folder)
 
 
 def end(pid: int, patience: float) -> int | None:
@@ -157,10 +200,12 @@ def end(pid: int, patience: float) -> int | None:
     return None
 
 
-def become_child(fd: int, request: dict[str, Any]) -> NoReturn:
+def become_child(fd: int, request: dict[str, Any], shared: Shared) -> NoReturn:
     """Leave everything of the zygote behind, then serve until the grader hangs up."""
     os.setsid()
     die_with_parent()
+    if request["folder"] is None:
+        enter(second_wall())
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
@@ -177,7 +222,7 @@ def become_child(fd: int, request: dict[str, Any]) -> NoReturn:
     sys.argv = [""]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit_memory(request["memory"])
-    Server(socket.socket(fileno=3), request["seed"]).serve()
+    Server(socket.socket(fileno=3), request["seed"], shared).serve()
     os._exit(0)
 
 
@@ -200,12 +245,75 @@ def limit_memory(extra: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + extra, mapped + extra))
 
 
-class Server:
-    """Answers the grader's requests about one notebook, in the order they come."""
+class Library:
+    """The library's modules: all that there ever were, for cells can remove one from `sys.modules`
+    or import it anew."""
 
-    def __init__(self, sock: socket.socket, seed: int) -> None:
+    def __init__(self) -> None:
+        self.modules: list[tuple[str, types.ModuleType]] = []
+        self._count = 0
+        self._look()
+
+    def functions(self, name: str) -> Iterator[types.FunctionType]:
+        """Every function called ``name``, the wrapped ones inside of others included."""
+        known = sys.modules
+        if len(known) != self._count or any(known.get(p) is not m for p, m in self.modules):
+            self._look()
+        seen: set[int] = set()
+        for _, module in self.modules:
+            layer = vars(module).get(name)
+            if isinstance(layer, type):
+                layer = vars(layer).get("__init__")
+            while layer is not None and id(layer) not in seen:
+                seen.add(id(layer))
+                if isinstance(layer, types.FunctionType):
+                    yield layer
+                elif hasattr(layer, "cache_clear"):
+                    layer.cache_clear()
+                layer = getattr(layer, "__wrapped__", None)
+
+    def _look(self) -> None:
+        here = {id(module) for _, module in self.modules}
+        for path, module in list(sys.modules.items()):
+            if path.split(".")[0] == "fewer" and id(module) not in here:
+                self.modules.append((path, module))
+        self._count = len(sys.modules)
+
+
+@dataclass
+class Shared:
+    """What a child has from its zygote.
+
+    Attributes:
+        at: where it leaves the number of what it is at; the zygote sees that, too.
+        kept: arguments of calls that the grader need not send, by the name of their plan.
+    """
+
+    at: Any = field(default_factory=lambda: bytearray(NUMBER.size))
+    kept: dict[str, list[Any]] = field(default_factory=dict)
+    library: Library = field(default_factory=Library)
+
+
+class Server:
+    """Answers the grader's requests about one notebook, in the order they come.
+
+    Answers that are quick to come are sent together. So that a sudden death can be told as that of
+    one call, the number of what is done at the moment is left in shared memory.
+
+    A call or cell that takes more processor time than the grader has patience for ends the process
+    with a word of farewell. That saves time and is no wall: code can prevent it, and then the
+    grader's own clock decides.
+    """
+
+    def __init__(self, sock: socket.socket | None, seed: int, shared: Shared | None = None) -> None:
         self.sock = sock
         self.seed = seed
+        self.shared = shared or Shared()
+        self.patience = 0.0
+        self.known = 0  # modules at the last look
+        self.waiting: list[tuple[int, bytes]] = []  # answers
+        self.size = 0  # of those
+        self.flushed = 0.0
         self.guarded: list[tuple[types.FunctionType, Any, Any, Any]] = []
         # The cells run in a module that looks like that of a notebook.
         self.main = types.ModuleType("__main__")
@@ -220,30 +328,50 @@ class Server:
     def reseed(self) -> None:
         random.seed(self.seed)
         np.random.seed(self.seed)  # noqa: NPY002  (the generator that old-style code draws from)
-        torch.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)  # the one there is without other devices
 
     def serve(self) -> None:
         """Do what is asked until the grader hangs up."""
+        assert self.sock is not None
+        self.stream = wire.Stream(self.sock)
+        signal.signal(signal.SIGPROF, self.out_of_patience)
+        hush()
         while True:
             try:
-                request = wire.unpack(wire.receive(self.sock))
+                number, frame = self.stream.receive()
             except (EOFError, OSError):
                 return
+            request = wire.unpack(frame)
+            self.patience = request.get("patience", 0.0)
+            self.flushed = monotonic()
             if request["do"] == "run":
-                self.reply(self.run_cell, request["source"], request["label"])
+                self.reply(number, self.run_cell, request["source"], request["label"])
             elif request["do"] == "guard":
-                self.reply(self.guard, request["name"])
+                self.reply(number, self.guard, request["name"])
             elif request["do"] == "look":
-                self.reply(self.look, request["name"])
+                self.reply(number, self.look, request["name"])
             elif request["do"] == "call":
-                # Read them all before the first is answered: if both sides wrote, both would wait.
-                frames = [wire.receive(self.sock) for _ in range(request["count"])]
-                for frame in frames:
-                    args, kwargs = wire.unpack(frame)
-                    self.reply(self.call, request["name"], args, kwargs)
+                for i, (args, kwargs) in enumerate(self.asked(request), number + 1):
+                    self.reply(i, self.call, request["name"], args, kwargs)
+            self.flush()
 
-    def reply(self, work: Callable[..., Any], *args: Any) -> None:
-        """Send what ``work`` returns, as it is at this moment, or what it raised."""
+    def asked(self, request: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments of the calls of a request: kept ones, or those that follow it."""
+        if "kept" in request:
+            kept, start = self.shared.kept[request["kept"]], request["start"]
+            for i in range(start, start + request["count"]):
+                arguments, kept[i] = kept[i], None
+                yield arguments
+        else:
+            # Read them all before the first is answered: if both sides wrote, both would wait.
+            frames = [self.stream.receive()[1] for _ in range(request["count"])]
+            yield from map(wire.unpack, frames)
+
+    def reply(self, number: int, work: Callable[..., Any], *args: Any) -> None:
+        """Answer with what ``work`` returns, as it is at this moment, or with what it raised."""
+        NUMBER.pack_into(self.shared.at, 0, number)
+        self.known = len(sys.modules)
+        setitimer(ITIMER_PROF, self.patience, AGAIN_SECONDS)
         try:
             answer = {"value": work(*args)}
         except BaseException as error:
@@ -254,15 +382,51 @@ class Server:
             frame = wire.pack({"refused": f"the answer is {error}"})
         except Exception as error:  # an object that lies about what it is
             frame = wire.pack({"refused": f"the answer cannot be sent ({type(error).__name__})"})
-        wire.send(self.sock, frame)
+        setitimer(ITIMER_PROF, 0.0)
+        self.waiting.append((number, frame))
+        self.size += len(frame)
+        if self.size > FLUSH_BYTES or monotonic() > self.flushed + FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the answers that wait."""
+        waiting, self.waiting, self.size = self.waiting, [], 0
+        if waiting:
+            self.stream.send(waiting)
+        self.flushed = monotonic()
+
+    def out_of_patience(self, _: int, frame: types.FrameType | None) -> None:
+        """End the process, unless the time went into importing something."""
+        try:
+            sys.setrecursionlimit(sys.getrecursionlimit() + 1000)
+            known, self.known = self.known, len(sys.modules)
+            while frame is not None and frame.f_code.co_filename != IMPORTING:
+                frame = frame.f_back
+            if frame is not None or known != self.known:
+                setitimer(ITIMER_PROF, self.patience, AGAIN_SECONDS)
+                return
+            self.waiting.append((*NUMBER.unpack_from(self.shared.at), wire.pack({"endless": True})))
+            self.flush()
+        except RecursionError:  # even for the words above: there is a next time
+            return
+        except BaseException:
+            os._exit(70)
+        os._exit(0)
 
     def run_cell(self, source: str, label: str) -> None:
         """Run a code cell as a notebook would; magics and shell commands do nothing."""
-        self.run_python(to_python(source), f"<cell {label}>")
+        self.run_python(source, f"<cell {label}>")
 
-    def run_python(self, python: str, filename: str) -> None:
-        linecache.cache[filename] = (len(python), None, python.splitlines(keepends=True), filename)
-        code = compile(python, filename, "exec", dont_inherit=True)
+    def run_python(self, source: str, filename: str) -> None:
+        try:
+            code = compile(source, filename, "exec", dont_inherit=True)
+            pasted = "In [" in source  # with IPython's prompts, which may look like an annotation
+        except (SyntaxError, ValueError):
+            pasted = True
+        if pasted:
+            source = to_python(source)
+            code = compile(source, filename, "exec", dont_inherit=True)
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         with warnings.catch_warnings():
             exec(code, vars(self.main))
 
@@ -298,7 +462,7 @@ class Server:
             function.__code__ = code
             function.__defaults__, function.__kwdefaults__ = defaults, kwdefaults
         self.guarded.clear()
-        for function in library_functions(name) if name else ():
+        for function in self.shared.library.functions(name) if name else ():
             self.guarded.append(
                 (function, function.__code__, function.__defaults__, function.__kwdefaults__)
             )
@@ -315,20 +479,17 @@ def to_python(source: str) -> str:
     return "\n" * blank + TransformerManager().transform_cell(source)
 
 
-def library_functions(name: str) -> Iterator[types.FunctionType]:
-    """Every function of the library called ``name``, the wrapped ones inside of others included."""
-    seen: set[int] = set()
-    for path, module in list(sys.modules.items()):
-        layer = vars(module).get(name) if path.split(".")[0] == "fewer" else None
-        if isinstance(layer, type):
-            layer = vars(layer).get("__init__")
-        while layer is not None and id(layer) not in seen:
-            seen.add(id(layer))
-            if isinstance(layer, types.FunctionType):
-                yield layer
-            elif hasattr(layer, "cache_clear"):
-                layer.cache_clear()
-            layer = getattr(layer, "__wrapped__", None)
+def hush() -> None:
+    """Have `print` do nothing where nobody reads it: to put tensors into words takes long."""
+    unread, spoken = (sys.stdout, sys.stderr), builtins.print
+
+    @functools.wraps(spoken)
+    def print(*args: Any, file: Any = None, **kwargs: Any) -> None:
+        to = sys.stdout if file is None else file
+        if kwargs.keys() - {"sep", "end", "flush"} or not any(to is one for one in unread):
+            spoken(*args, file=file, **kwargs)
+
+    builtins.print = print
 
 
 def refusal(name: str, free: int) -> types.CodeType:
@@ -377,7 +538,7 @@ class Shell:
 
     def _run(self, source: str, below: int) -> None:
         filename = sys._getframe(2).f_code.co_filename  # the cell that has the magic
-        self._server.run_python("\n" * below + to_python(source), filename)
+        self._server.run_python("\n" * below + source, filename)
 
     def __getattr__(self, name: str) -> Shell:
         return self

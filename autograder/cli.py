@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ STUDENTS, INSTRUCTORS = "Students", "Instructors"
 app = typer.Typer(
     name="fewer",
     help="Course labs on efficient deep learning: fewer bits, weights, parameters, tokens, steps.",
-    epilog="Begin with [bold]fewer labs[/], or see a whole class graded with [bold]fewer demo[/].",
+    epilog="Begin with [bold]fewer labs[/].",
     no_args_is_help=True,
     rich_markup_mode="rich",
     add_completion=False,
@@ -110,7 +117,7 @@ def _work_on(lab: Lab, folder: Path) -> str:
     copies = sorted(folder.glob(f"{lab.name}*.ipynb"), key=lambda path: path.stat().st_mtime)
     if not copies:
         return "[dim]not started[/]"
-    from autograder.report import verdicts
+    from autograder.verdict import verdicts
 
     try:
         saved = verdicts(_read(copies[-1])).values()
@@ -179,7 +186,7 @@ def check(
     file: Annotated[Path, typer.Argument(help="Your notebook.", metavar="FILE.ipynb")],
     seed: Annotated[int, typer.Option(help="Other seeds draw other inputs.")] = 0,
 ) -> None:
-    """Run all checks of a notebook, exactly as grading will.
+    """Run all checks of a notebook, as grading will, which draws other inputs.
 
     Shows the points, and help with the first failure of each exercise. Cells for figures are
     skipped, so this takes seconds. The exit code is 0 for full points and 1 otherwise. Written
@@ -205,7 +212,9 @@ def check(
     earned = sum(verdict.points for verdict in found.values())
     possible = sum(verdict.possible for verdict in found.values())
     table.add_section()
-    table.add_row("[bold]together[/]", f"[bold]{earned}/{possible}[/]")
+    hidden = sum(verdict.hidden_points for verdict in found.values())
+    more = f"and {hidden} from hidden checks, seen at grading" if hidden else ""
+    table.add_row("[bold]together[/]", f"[bold]{earned}/{possible}[/]", f"[dim]{more}[/]")
     for verdict in found.values():
         if not verdict.passed and not verdict.todo:
             console.print(verdict)
@@ -239,6 +248,13 @@ def fetch(
 
 # --------------------------------------------------------------------------------- instructors
 
+UnsafeOption = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-no-sandbox",
+        help="Run student code with your rights: it can read and change your files.",
+    ),
+]
 CourseFolder = Annotated[Path, typer.Argument(help="The course folder.", metavar="FOLDER")]
 LabOption = Annotated[
     str | None,
@@ -281,10 +297,12 @@ def release(
 ) -> None:
     """Prepare a lab for handing out, in a course folder for nbgrader.
 
-    The folder is made if it does not exist. Hand out what is in its release/ folder, and put what
-    comes back into submitted/STUDENT/LAB/.
+    The folder is made if it does not exist. Hand out the zip: it holds the lab, how to begin, and
+    the course as a package, without hidden checks and solutions. Where students have the package,
+    the notebook alone will do. Put what comes back into submitted/STUDENT/LAB/.
     """
     from autograder.build import LabError
+    from autograder.bundle import BundleError, bundle
     from autograder.course import CourseError, create_course
     from autograder.course import release as hand_out
 
@@ -294,9 +312,11 @@ def release(
     try:
         create_course(course, root(), [wanted.number])
         notebook = hand_out(course, wanted.name)
-    except (CourseError, LabError) as error:
+        package = bundle(course, notebook, root())
+    except (BundleError, CourseError, LabError) as error:
         fail(str(error))
-    console.print(f"Hand out [bold]{escape(str(notebook))}[/]", soft_wrap=True)
+    console.print(f"Hand out [bold]{escape(str(package))}[/]", soft_wrap=True)
+    console.print(f"[dim]or to who has the package[/] {escape(str(notebook))}", soft_wrap=True)
 
 
 @app.command(
@@ -306,28 +326,53 @@ def release(
 def grade(
     folder: CourseFolder,
     lab: LabOption = None,
-    seed: Annotated[int, typer.Option(help="Same work, version and seed: same points.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Submissions judged at the same time.")] = 1,
-    unsafe: Annotated[
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Same work, version and seed: same points.",
+            show_default="the course's own, drawn once",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Submissions judged at the same time.",
+            show_default="one a core in a large class, else 1",
+        ),
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Judge also what has its grade already.")
+    ] = False,
+    execute: Annotated[
         bool,
         typer.Option(
-            "--unsafe-no-sandbox",
-            help="Run student code with your rights: it can read and change your files.",
+            "--execute",
+            help="Also run the notebooks whole, for feedback with the student's own figures.",
         ),
     ] = False,
+    executor: Annotated[
+        str,
+        typer.Option(
+            metavar="dask://HOST:PORT",
+            help="Judge on a Dask cluster whose workers have this version of the course.",
+        ),
+    ] = "",
+    unsafe: UnsafeOption = False,
 ) -> None:
     """Grade everything handed in for a lab.
 
     Points go into nbgrader's gradebook, where manual grading, late penalties and export work as
-    ever; each student gets a feedback page. Grading twice gives the same points, and keeps what
-    you graded by hand.
+    ever; each student gets a feedback page. Grading again gives the same points, and keeps what
+    you graded by hand. What was graded with this version and seed is not judged again: if grading
+    is interrupted, run the same command once more.
 
     Student code runs in a sandbox (bubblewrap), where there are no files of yours, no network, no
     checks and no gradebook.
     """
     assignment = _assignment(folder, lab, "submitted")
-    from autograder.course import CourseError
-    from autograder.course import grade as grade_all
+    from autograder.course import CourseError, course_seed
+    from autograder.grading import grade as grade_all
 
     begin = time.monotonic()
     try:
@@ -336,9 +381,12 @@ def grade(
             summary = grade_all(
                 folder,
                 assignment,
-                seed=seed,
+                seed=course_seed(folder) if seed is None else seed,
                 jobs=jobs,
                 walled=not unsafe,
+                again=again,
+                execute=execute,
+                executor=executor,
                 progress=lambda done, total, student: bar.update(
                     task, completed=done, total=total, description=escape(student)
                 ),
@@ -356,10 +404,15 @@ def grade(
             "[dim]a written answer waits[/]" if score.waiting else "",
         )
     console.print(table)
-    for student, why in summary.failed.items():
-        console.print(f"[red]{escape(student)} could not be graded:[/] {escape(why)}")
+    for why, students in _by_value(summary.failed):
+        console.print(f"[red]{escape(students)} could not be graded:[/] {escape(why)}")
+    said = {student: " ".join(remarks) for student, remarks in summary.remarks.items()}
+    for remark, students in _by_value(said):
+        console.print(f"[yellow]{escape(students)}:[/] {escape(remark)}")
+    kept = len(summary.scores) - summary.judged
+    had = f" ({kept} had their grade: --again judges them anew)" if kept > 0 else ""
     console.print(
-        f"\nGraded {len(summary.scores)} in {seconds:.0f} s with fewer {summary.version}, "
+        f"\nGraded {summary.judged} in {seconds:.0f} s{had} with fewer {summary.version}, "
         f"seed {summary.seed}."
     )
     _places(
@@ -372,6 +425,44 @@ def grade(
         console.print(f"\n[yellow]Note[/] {escape(notice)}")
     console.print(f"\n[dim]Next:[/] fewer report {escape(str(folder))}")
     raise typer.Exit(1 if summary.failed else 0)
+
+
+@app.command(
+    rich_help_panel=INSTRUCTORS,
+    epilog="Example: [bold]fewer explain ada quantize_symmetric --course spring[/]",
+)
+def explain(
+    student: Annotated[str, typer.Argument(help="The student's id.")],
+    exercise: Annotated[str, typer.Argument(help="The exercise, such as quantize_symmetric.")],
+    course: Annotated[Path, typer.Option("--course", "-c", help="The course folder.")] = Path(),
+    lab: LabOption = None,
+    unsafe: UnsafeOption = False,
+) -> None:
+    """Show how a grade came about: judge the work again, with what is recorded with the grade.
+
+    A grade depends on the submission, the version of the course and the seed alone. Exit code 1
+    means that the verdict is another one than was recorded; then it says what changed since.
+    """
+    assignment = _assignment(course, lab, "submitted")
+    from autograder.course import CourseError
+    from autograder.explain import explain as judge_again
+
+    try:
+        with console.status("judging again"):
+            found = judge_again(course, assignment, student, exercise, walled=not unsafe)
+    except CourseError as error:
+        fail(str(error))
+    console.print(found.again)
+    if found.same:
+        console.print("The same verdict as was recorded.")
+    for change in found.changed:
+        console.print(f"[yellow]Since then:[/] {escape(change)}")
+    if not found.same and found.recorded:
+        points = f"{found.recorded.points} of {found.recorded.possible}"
+        console.print(f"Recorded were {points} points.")
+    if not found.same and not found.changed:
+        console.print("[red]Nothing has changed since, so this is a fault: please report it.[/]")
+    raise typer.Exit(0 if found.same else 1)
 
 
 @app.command(rich_help_panel=INSTRUCTORS, epilog="Example: [bold]fewer report spring[/]")
@@ -387,15 +478,71 @@ def report(
 ) -> None:
     """Write the class report of a graded lab: one HTML file that needs no network."""
     assignment = _assignment(folder, lab, "autograded")
+    from autograder.course import CourseError
     from autograder.report import write_report
 
     try:
         path = write_report(folder, assignment, out or folder / "report" / f"{assignment}.html")
-    except (FileNotFoundError, ValueError) as error:
+    except (CourseError, FileNotFoundError, ValueError) as error:
         fail(str(error))
     console.print(f"The report is [bold]{escape(str(path))}[/]", soft_wrap=True)
     if open_it:
         webbrowser.open(path.resolve().as_uri())
+
+
+@app.command(
+    rich_help_panel=INSTRUCTORS,
+    epilog="Example: [bold]fewer export spring --to canvas --roster grades.csv[/]",
+)
+def export(
+    folder: CourseFolder,
+    to: Annotated[str, typer.Option("--to", help="csv, canvas or moodle.")],
+    lab: LabOption = None,
+    roster: Annotated[
+        Path | None,
+        typer.Option(help="What Canvas or Moodle exported: points go into its cells."),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="The assignment in Canvas, where it has another name.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file to write (FOLDER/exports/LAB-FORMAT.csv)."),
+    ] = None,
+) -> None:
+    """Write the points of a graded lab for Canvas, for Moodle or for a spreadsheet.
+
+    Canvas and Moodle take back their own files: give Canvas's export of the gradebook, or the
+    grading worksheet of Moodle's assignment, with --roster. Whom they do not know is listed, and
+    the exit code is 1.
+    """
+    assignment = _assignment(folder, lab, "autograded")
+    from autograder.course import CourseError
+    from autograder.export import ExportError
+    from autograder.export import export as make
+
+    out = out or folder / "exports" / f"{assignment}-{to}.csv"
+    try:
+        if roster is not None and out.exists() and out.samefile(roster):
+            fail(f"--out must be another file than the roster, got {out}")
+        text = roster.read_bytes().decode("utf-8") if roster else None
+        made = make(folder, assignment, to, text, column)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(made.text.encode())
+    except UnicodeDecodeError:
+        fail(f"--roster must be a CSV in UTF-8, and {roster} is not: export it again")
+    except OSError as error:
+        fail(f"{error.filename} cannot be read or written: {error.strerror}")
+    except (CourseError, ExportError) as error:
+        fail(str(error))
+    students = "student" if made.written == 1 else "students"
+    path = escape(str(out))
+    console.print(f"Points of {made.written} {students} in [bold]{path}[/]", soft_wrap=True)
+    for notice in made.notices:
+        console.print(f"[yellow]Note[/] {escape(notice)}", soft_wrap=True)
+    for student, why in made.unmatched.items():
+        console.print(f"[red]{escape(student)} is not in it:[/] {escape(why)}", soft_wrap=True)
+    raise typer.Exit(1 if made.unmatched else 0)
 
 
 @app.command(
@@ -462,6 +609,53 @@ def demo(
     )
     if display if open_it is None else open_it:
         webbrowser.open(path.resolve().as_uri())
+
+
+@app.command(rich_help_panel=INSTRUCTORS, epilog="Example: [bold]fewer attack --short[/]")
+def attack(
+    short: Annotated[
+        bool, typer.Option("--short", help="Leave out those that wait for a bound on time.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", "-f", help="Keep the course that was attacked in a new folder."),
+    ] = None,
+) -> None:
+    """Attack this installation: does its grading hold?
+
+    More than a hundred hostile students and a few honest ones hand in lab 1, and the class is
+    graded as any other. They tamper with tests, forge notebooks, read and write files, use up what
+    there is, put scripts into pages. The table shows what each tried, what it earned, what its work
+    deserves, and the harm it did. A red cross is an attack that succeeded; then the exit code is 1.
+
+    It runs hostile code, in the sandbox only: where there is none, it refuses. A few minutes, one
+    with --short.
+    """
+    from tempfile import TemporaryDirectory
+
+    from autograder.attacks import run_attacks, table
+    from autograder.course import CourseError
+
+    begin = time.monotonic()
+    try:
+        with TemporaryDirectory(prefix="fewer-attack-") as temporary, _bar() as bar:
+            task = bar.add_task("making a course", total=None)
+            outcomes = run_attacks(
+                folder or Path(temporary),
+                root(),
+                lambda done, total, _: bar.update(
+                    task, completed=done, total=total, description="grading the attackers"
+                ),
+                short=short,
+            )
+    except (CourseError, FileExistsError) as error:
+        fail(str(error))
+    console.print(table(outcomes))
+    won = [outcome for outcome in outcomes if not outcome.repelled]
+    seconds = time.monotonic() - begin
+    verdict = f"[bold red]{len(won)} succeeded[/]" if won else "[green]none succeeded[/]"
+    console.print(f"\n{len(outcomes)} lines in {seconds:.0f} s: {verdict}.")
+    raise typer.Exit(1 if won else 0)
 
 
 # ------------------------------------------------------------------------------------- helpers
@@ -541,6 +735,14 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _by_value(said: dict[str, str], most: int = 5) -> Iterator[tuple[str, str]]:
+    """What was said, each once, and of whom: "ada, ben and 3 others"."""
+    for words in dict.fromkeys(said.values()):
+        students = [student for student, its in said.items() if its == words]
+        others = f" and {len(students) - most} others" if len(students) > most else ""
+        yield words, ", ".join(students[:most]) + others
+
+
 def _places(**paths: Path) -> None:
     width = max(map(len, paths))
     for what, path in paths.items():
@@ -554,6 +756,7 @@ def _bar() -> Progress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=32),
         MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         transient=True,
         disable=not console.is_terminal,

@@ -7,11 +7,14 @@ a number was expected is no mistake, a wrong value is.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+ROOM = 64  # how many times as large as the reference's an answer may be before a check looks at it
 
 
 class Mismatch(AssertionError):
@@ -140,6 +143,10 @@ def like(value: Any, model: Any, where: str = "the result") -> Any:
         value = value.item()
     if isinstance(model, Tensor):
         if isinstance(value, Tensor):
+            # Shapes are a check's business, but checks broadcast: no product may fill the memory.
+            if math.prod(max(size, 1) for size in value.shape) > ROOM * (model.numel() + 4):
+                shapes = f"{tuple(value.shape)}, expected {tuple(model.shape)}"
+                raise Mismatch(f"{where} has shape {shapes}")
             return value
         if isinstance(value, bool | int | float) and model.dim() == 0:
             return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)

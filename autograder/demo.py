@@ -66,8 +66,8 @@ def the_twelve(solution: NotebookNode) -> list[SampleStudent]:
     Raises:
         ValueError: if the lab has fewer than four exercises with misconceptions.
     """
-    found = [find(name) for name in _solution_cells(solution) if name in exercises()]
-    right = {e.name: _solution_cells(solution)[e.name] for e in found}
+    found = [find(name) for name in solution_cells(solution) if name in exercises()]
+    right = {e.name: solution_cells(solution)[e.name] for e in found}
     works = {e.name: e.reference for e in found}
     mistaken = _spread([e for e in found if e.misconceptions], 4)
     loops = {e.name: _loops(e) for e in found}
@@ -199,7 +199,7 @@ def _fill_in(released: NotebookNode, student: SampleStudent) -> NotebookNode:
     return nb
 
 
-def _solution_cells(nb: NotebookNode) -> dict[str, str]:
+def solution_cells(nb: NotebookNode) -> dict[str, str]:
     """The solution cells of an instructor's notebook by exercise, without nbgrader's markers."""
     found = {}
     for cell in nb.cells:
@@ -312,7 +312,8 @@ def run_demo(folder: Path, root: Path, console: Console, seed: int = 0) -> Path:
     """
     from autograder import sandbox
     from autograder.build import build, labs
-    from autograder.course import create_course, grade, release
+    from autograder.course import create_course, release
+    from autograder.grading import grade
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / OURS).is_file():

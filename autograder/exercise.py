@@ -41,7 +41,8 @@ class Check:
     """One named property of an exercise: what it states, what it is worth, and how to recover.
 
     The property is a plain function ``property(candidate, **drawn)`` that raises AssertionError
-    (mostly through `autograder.compare`) where the candidate breaks it.
+    (mostly through `autograder.compare`) where the candidate breaks it. A hidden one counts in
+    grading and is not in what students install (`autograder.bundle`).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Check:
     property: Callable[..., None]
     strategies: dict[str, st.SearchStrategy[Any]]
     examples: int
+    hidden: bool = False
 
     @property
     def title(self) -> str:
@@ -90,6 +92,8 @@ class Exercise:
             written without it.
         equivalent: automatic mutants that change nothing one can observe, with the reason:
             ``{"the mutant's text": "why it is equivalent"}``. The kill table prints them.
+        hidden_points: what the checks are worth that are not in this installation: a student's
+            has none of the hidden ones, an instructor's has all.
     """
 
     reference: Callable[..., Any]
@@ -101,6 +105,7 @@ class Exercise:
     checks: list[Check] = field(default_factory=list)
     misconceptions: list[Misconception] = field(default_factory=list)
     variants: list[Variant] = field(default_factory=list)
+    hidden_points: int = 0
 
     def __post_init__(self) -> None:
         if self.difficulty not in (1, 2, 3):
@@ -114,7 +119,7 @@ class Exercise:
 
     @property
     def points(self) -> int:
-        return sum(check.points for check in self.checks)
+        return sum(check.points for check in self.checks) + self.hidden_points
 
     @property
     def topic(self) -> str:
@@ -122,9 +127,22 @@ class Exercise:
         return self.reference.__module__.split(".")[1]
 
     def check(
-        self, *, points: int, hint: str, examples: int = 40, **strategies: st.SearchStrategy[Any]
+        self,
+        *,
+        points: int,
+        hint: str,
+        examples: int = 40,
+        hidden: bool = False,
+        **strategies: st.SearchStrategy[Any],
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-        """Add a check: the decorated function's docstring is its statement to the student."""
+        """Add a check: the decorated function's docstring is its statement to the student.
+
+        With ``hidden=True`` it is for what a careful student thinks of without being told. It is
+        cut out of what students install, so write the word True, and keep out of the rest of the
+        file what only this check needs.
+        """
+        if not isinstance(hidden, bool):  # a strategy, for an argument of this name
+            raise TypeError(f"hidden must be True or False, got {hidden!r}")
 
         def add(function: Callable[..., None]) -> Callable[..., None]:
             self.checks.append(
@@ -136,6 +154,7 @@ class Exercise:
                     property=function,
                     strategies=strategies,
                     examples=examples,
+                    hidden=hidden,
                 )
             )
             return function

@@ -2,6 +2,10 @@
 
 `judge` is a pure function of the candidate's behaviour and the seed. `check` is what students call
 in a notebook: the same judgement of a function in this process.
+
+What a class has in common is worked out once: inputs, the reference's answers, what a property says
+to answers that came before (`autograder.foresight`), and the simplest input on which each known
+misconception fails. It is remembered by what it depends on, never by who was judged.
 """
 
 from __future__ import annotations
@@ -9,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +25,14 @@ from autograder.battery import Drawn, battery, run
 from autograder.candidate import Call, Candidate, Judged, Local, fresh
 from autograder.compare import CandidateDied, CandidateError, Mismatch, as_double
 from autograder.exercise import Check, Exercise, Misconception, find
+from autograder.foresight import Answer, Memory, Plan, Replay, named, planned
 from autograder.verdict import Failure, Result, Verdict, show, show_call, show_error
 
 SEED = 0
 SHRINK_RUNS = 200  # how often a failing check is run again in search of a simpler failure
 KERNEL_SHRINK_RUNS = 40  # the same for kernels, which take ten times as long in the interpreter
+SHRINK_SECONDS = 5.0  # then the first failure is shown, however far the search came
+RAISES = "your function raises whatever it is given, so it tells nothing apart"
 DIAGNOSE_ON = 12  # failing inputs on which a misconception must behave like the candidate
 
 
@@ -67,56 +76,111 @@ def judge(
     """
     results: list[Result] = []
     dead = suspect = ""
+    returned = False
     for item in exercise.checks:
         if dead:
             results.append(_failed(item, Failure(dead)))
             continue
         try:
-            results.append(_judge_one(exercise, item, candidate, seed, explain, suspect))
-            suspect = suspect or results[-1].misconception
+            result, returns = _judge_one(exercise, item, candidate, seed, explain, suspect)
+            results.append(result)
+            returned = returned or returns
+            suspect = suspect or result.misconception
         except CandidateDied as death:
             dead = str(death)
             results.append(_failed(item, Failure(dead)))
-    return Verdict(exercise.name, results, seed)
+    if not returned:  # then it does not refuse what is wrong: it refuses everything
+        for i, item in enumerate(exercise.checks):
+            if results[i].status == "passed":
+                results[i] = _failed(item, Failure(RAISES))
+    return Verdict(exercise.name, results, seed, hidden_points=exercise.hidden_points)
 
 
 def _judge_one(
     exercise: Exercise, item: Check, candidate: Candidate, seed: int, explain: bool, suspect: str
-) -> Result:
-    candidate.foresee(foreseen(exercise, item, seed))
-    failing: list[Attempt] = []
-    for drawn in battery(item, seed):
-        attempt = Attempt(exercise, item, candidate, drawn)
-        if attempt.todo:
-            return Result(item.name, item.statement, item.points, "todo", item.hint)
-        if attempt.failure:
-            failing.append(attempt)
-            if not explain:
-                break
+) -> tuple[Result, bool]:
+    """The result of one check, and whether the candidate returned anything where it should."""
+    plan = planned(exercise, item, seed)
+    answers = candidate.foresee(plan)
+    failing: list[Outcome] = []
+    returned = False
+    for number, drawn in enumerate(battery(item, seed)):
+        if answers is None:
+            outcome = Outcome.of(Attempt(exercise, item, candidate, drawn))
+        else:
+            outcome = _outcome(plan, number, answers[number], candidate)
+        if outcome.todo:
+            todo = Result(
+                item.name, item.statement, item.points, "todo", item.hint, hidden=item.hidden
+            )
+            return todo, returned
+        if outcome.failure:
+            failing.append(outcome)
+            returned = returned or any(call.error is None for call in outcome.calls)
+        elif not plan.refuses(number):
+            returned = True
+        if failing and returned and not explain:
+            break
     if not failing:
-        return Result(item.name, item.statement, item.points, "passed")
+        passed = Result(item.name, item.statement, item.points, "passed", hidden=item.hidden)
+        return passed, returned
     if not explain:
-        return _failed(item, failing[0].failure)
-    calls = [call for attempt in failing[:DIAGNOSE_ON] for call in attempt.calls]
+        return _failed(item, failing[0].failure), returned
+    calls = [call for outcome in failing[:DIAGNOSE_ON] for call in outcome.calls]
     misconception = diagnose(exercise, calls, suspect)
     try:
-        simplest = _shrink(exercise, item, candidate, seed) or failing[0]
+        simplest = _simplest(exercise, item, candidate, seed, misconception) or failing[0]
     except CandidateDied:  # a verdict must not depend on how far the search for a nicer one came
         simplest = failing[0]
-    return _failed(item, simplest.failure, misconception)
+    return _failed(item, simplest.failure, misconception), returned
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one set of inputs: an `Attempt` without its calls, where it passed."""
+
+    todo: bool
+    failure: Failure | None
+    calls: list[Call]
+
+    @classmethod
+    def of(cls, attempt: Attempt) -> Outcome:
+        return cls(attempt.todo, attempt.failure, attempt.calls if attempt.failure else [])
+
+
+def _outcome(plan: Plan, number: int, answers: list[Answer], candidate: Candidate) -> Outcome:
+    """The outcome under these answers: remembered, if no other call is made on the way to it."""
+    key = plan, number, named(answers)
+    if outcome := _outcomes.get(key):
+        return outcome
+    part = plan.parts[number]
+    replay = Replay(plan, part, answers, candidate)
+    outcome = Outcome.of(Attempt(plan.exercise, plan.check, replay, part.drawn))
+    if not replay.live:
+        _outcomes.put(key, outcome, sum(a.weight for a in answers) if outcome.failure else 0)
+    return outcome
+
+
+_outcomes: Memory[Outcome] = Memory()
 
 
 class Attempt:
     """One run of a check's property on one set of inputs.
 
     Attributes:
+        drawn: the inputs.
         failure: what to tell the student, or None where the property held.
         todo: the candidate says that nothing was written yet.
         calls: the calls the property made.
     """
 
-    def __init__(self, exercise: Exercise, item: Check, candidate: Candidate, drawn: Drawn) -> None:
+    def __init__(
+        self, exercise: Exercise, item: Check, candidate: Candidate | Replay, drawn: Drawn
+    ) -> None:
         judged = Judged(candidate, exercise.reference)
+        if isinstance(candidate, Replay):
+            judged.reference = candidate.reference
+        self.drawn = drawn
         self.failure: Failure | None = None
         self.todo = False
         self.calls = judged.calls
@@ -177,6 +241,7 @@ def _failed(item: Check, failure: Failure | None, diagnosis: Misconception | Non
         diagnosis=diagnosis.says if diagnosis else "",
         misconception=diagnosis.name if diagnosis else "",
         failure=failure,
+        hidden=item.hidden,
     )
 
 
@@ -184,12 +249,41 @@ class _Enough(BaseException):
     """Stops Hypothesis' search for a simpler failure; BaseException, so that it is not caught."""
 
 
+def _simplest(
+    exercise: Exercise,
+    item: Check,
+    candidate: Candidate,
+    seed: int,
+    misconception: Misconception | None,
+) -> Attempt | None:
+    """The simplest failing attempt. That of a known misconception is the candidate's as well, if
+    the candidate does the same there; otherwise it is searched for."""
+    if misconception:
+        model = _simplest_of(exercise, item, seed, misconception)
+        if model:
+            attempt = Attempt(exercise, item, candidate, model.drawn)
+            pairs = zip(attempt.calls, model.calls, strict=False)
+            alike = len(attempt.calls) == len(model.calls) and all(_same(a, b) for a, b in pairs)
+            if attempt.failure and alike:
+                return attempt
+    return _shrink(exercise, item, candidate, seed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _simplest_of(
+    exercise: Exercise, item: Check, seed: int, misconception: Misconception
+) -> Attempt | None:
+    return _shrink(exercise, item, Local(misconception.function), seed)
+
+
 def _shrink(exercise: Exercise, item: Check, candidate: Candidate, seed: int) -> Attempt | None:
     """The simplest failing attempt that Hypothesis finds within a fixed number of runs.
 
-    The bound is a count and not a time, so that feedback too is the same on every machine.
+    The bound is a count, so that feedback too is the same on every machine. It is None if even that
+    takes too long: what is shown must not depend on how far a search came.
     """
     simplest: Attempt | None = None
+    until = time.monotonic() + SHRINK_SECONDS
     runs, most = 0, min(SHRINK_RUNS, KERNEL_SHRINK_RUNS) if exercise.decorator else SHRINK_RUNS
 
     def test(drawn: Drawn) -> None:
@@ -199,28 +293,22 @@ def _shrink(exercise: Exercise, item: Check, candidate: Candidate, seed: int) ->
             runs += 1
         if attempt.failure:
             simplest = attempt
-        if runs > most:
+        if runs > most or time.monotonic() > until:
             raise _Enough
         if attempt.failure:
             raise Mismatch("")
 
     with contextlib.suppress(_Enough, Exception):
         run(item, seed, test, shrink=True)
-    return simplest
+    return simplest if time.monotonic() <= until else None
 
 
-@functools.lru_cache(maxsize=4096)
 def foreseen(exercise: Exercise, item: Check, seed: int) -> list[Call]:
     """The calls a check makes when the reference answers: fetched from a child in one batch.
 
     A candidate that answers differently may be asked other things later; those calls go live.
     """
-    calls: list[Call] = []
-    for drawn in battery(item, seed):
-        judged = Judged(Local(exercise.reference), exercise.reference)
-        item.property(judged, **fresh(drawn))
-        calls += judged.calls
-    return calls
+    return [call for part in planned(exercise, item, seed).parts for call in part.calls]
 
 
 def diagnose(exercise: Exercise, calls: list[Call], suspect: str = "") -> Misconception | None:

@@ -1,29 +1,38 @@
 """The class report: one HTML file for the lecturer, made from a graded course folder.
 
 Points come from nbgrader's gradebook (so manual grades and late penalties count), everything else
-from the verdicts that grading stored in the autograded notebooks. `read_class` gathers, `render`
-writes: the page holds its own style, asks nothing of the network, and escapes whatever a student
-wrote or is called.
+from what grading stored in the autograded notebooks. `read_class` gathers, `render` writes: the
+page holds its own style, asks nothing of the network, and escapes whatever a student wrote or is
+called.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import nbformat
 from markupsafe import Markup
-from nbformat import NotebookNode
 
-from autograder.verdict import MIME, Verdict
+from autograder.verdict import Result, Verdict, verdicts
+
+if TYPE_CHECKING:
+    from nbgrader.apps import NbGrader
+
+    from autograder.gradebook import Book, ByHand, Score
 
 BINS = 16  # bars of the histogram, at most
+LARGE = 100  # students of a class whose report shows no cards: a feedback page has them
+FEW = 20  # students whose points say little about an exercise
+NAMED = 12  # students that are named in one place before the rest is folded
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Student:
 
     Attributes:
         score: None for who did not hand in, or handed in what could not be graded (``ungraded``).
+        marks: points by exercise and written question, of persons too; what waits is left out.
+        notices: what grading remarked about the notebook.
     """
 
     id: str
@@ -55,6 +66,8 @@ class Student:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     adjustments: list[Adjustment] = field(default_factory=list)
     ungraded: bool = False
+    marks: dict[str, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
     @property
     def checked(self) -> int:
@@ -76,11 +89,33 @@ class CheckRate:
     passed: int
     failed: int
     todo: int
+    hidden: bool = False
 
     @property
     def rate(self) -> float:
         """Fraction of the graded submissions that passed."""
         return self.passed / max(1, self.passed + self.failed + self.todo)
+
+
+@dataclass(frozen=True)
+class ItemStatistics:
+    """What the class's points say about one exercise or written question.
+
+    Attributes:
+        count: students who have points in it.
+        full, zero: fractions of them with all points and with none.
+        discrimination: correlation of its points with the sum of the student's others; None where
+            either is the same for everybody.
+    """
+
+    name: str
+    possible: float
+    count: int
+    mean: float
+    median: float
+    full: float
+    zero: float
+    discrimination: float | None
 
 
 @dataclass(frozen=True)
@@ -112,6 +147,11 @@ class ClassReport:
     possible: float
     graded_with: list[str] = field(default_factory=list)
     walled: bool = False  # whether all student code ran in a sandbox
+    worth: dict[str, float] = field(default_factory=dict)  # points possible, as ``Student.marks``
+
+    @property
+    def large(self) -> bool:
+        return len(self.students) > LARGE
 
     @cached_property
     def submitted(self) -> list[Student]:
@@ -159,16 +199,46 @@ class ClassReport:
     @cached_property
     def rates(self) -> dict[str, list[CheckRate]]:
         """Every check by exercise: the weakest exercise first, and in it the weakest check."""
-        rates: dict[str, list[CheckRate]] = {}
-        for exercise in self.exercises:
-            verdicts = [s.verdicts[exercise] for s in self.students if exercise in s.verdicts]
-            found: dict[str, CheckRate] = {}
-            for name, result in {r.check: r for v in verdicts for r in v.results}.items():
-                all_of_it = [r.status for v in verdicts for r in v.results if r.check == name]
-                count = {s: all_of_it.count(s) for s in ("passed", "failed", "todo")}
-                found[name] = CheckRate(exercise, result.title, result.statement, **count)
-            rates[exercise] = sorted(found.values(), key=lambda rate: rate.rate)
+        seen: dict[str, dict[str, Result]] = {name: {} for name in self.exercises}
+        count: Counter[tuple[str, str, str]] = Counter()
+        for student in self.students:
+            for exercise, verdict in student.verdicts.items():
+                for result in verdict.results:
+                    seen[exercise][result.check] = result
+                    count[exercise, result.check, result.status] += 1
+        rates = {
+            exercise: sorted(
+                (
+                    CheckRate(
+                        exercise,
+                        result.title,
+                        result.statement,
+                        count[exercise, check, "passed"],
+                        count[exercise, check, "failed"],
+                        count[exercise, check, "todo"],
+                        result.hidden,
+                    )
+                    for check, result in checks.items()
+                ),
+                key=lambda rate: rate.rate,
+            )
+            for exercise, checks in seen.items()
+        }
         return dict(sorted(rates.items(), key=lambda item: _mean([r.rate for r in item[1]])))
+
+    @cached_property
+    def by_item(self) -> list[ItemStatistics]:
+        """How each exercise did, in the order of the notebook, then the written questions."""
+        return [_statistics(name, worth, self.submitted) for name, worth in self.worth.items()]
+
+    @cached_property
+    def notices(self) -> list[tuple[str, list[Student]]]:
+        """What grading remarked, commonest first, and about whose work."""
+        found: dict[str, list[Student]] = {}
+        for student in self.students:
+            for notice in dict.fromkeys(student.notices):
+                found.setdefault(notice, []).append(student)
+        return sorted(found.items(), key=lambda item: -len(item[1]))
 
     @cached_property
     def mistakes(self) -> list[CommonMistake]:
@@ -194,127 +264,191 @@ def write_report(course: Path, assignment: str, out: Path) -> Path:
     Raises:
         FileNotFoundError: if ``course`` has no gradebook.
         ValueError: if the gradebook has no such assignment; the message lists those it has.
+        CourseError: if ``course`` is no course folder, or its database does not answer.
     """
     page = render(read_class(course, assignment))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    out.write_text(page, encoding="utf-8", errors="replace")
     return out
 
 
 def read_class(course: Path, assignment: str) -> ClassReport:
     """Gather a class from the gradebook and the autograded notebooks of ``course``."""
-    from nbgrader.api import Gradebook, MissingEntry  # takes a second: only who reads pays
+    from autograder.course import open_course  # takes a second: only who reads pays
 
-    database = course / "gradebook.db"
-    if not database.is_file():
-        raise FileNotFoundError(
-            f"course must be a folder with a gradebook.db, got {course}: run `fewer grade` first"
+    with open_course(course) as app, _book(app, course, assignment) as book:
+        folders = app.coursedir
+        scores = {score.student: score for score in book.scores()}
+        by_hand, hours_late = book.by_hand(), book.hours_late()
+        students = []
+        graded_with, walled = set(), []
+        worth: dict[str, float] = {}
+        for id, name in book.names().items():
+            student = Student(id, name, None, book.possible)
+            score = scores.get(id)
+            if score is None:
+                handed_in = folders.format_path(folders.submitted_directory, id, assignment)
+                students.append(replace(student, ungraded=Path(handed_in).exists()))
+                continue
+            found: dict[str, Verdict] = {}
+            notices: list[str] = []
+            folder = folders.format_path(folders.autograded_directory, id, assignment)
+            for nb in _notebooks(Path(folder)):
+                found |= verdicts(nb)
+                if made := nb.get("metadata", {}).get("fewer"):
+                    version = made.get("course") or made["version"]
+                    graded_with.add(f"fewer {version}, seed {made['seed']}")
+                    walled.append(made.get("sandbox") is True)
+                    notices += [*(made.get("remarks") or []), *(made.get("notices") or [])]
+            cells = {name.removeprefix("check_"): cell for name, cell in score.cells.items()}
+            for name in [*found, *sorted(cells.keys() - found)]:
+                if name in cells:
+                    worth.setdefault(name, cells[name].possible)
+            students.append(
+                replace(
+                    student,
+                    score=score.points,
+                    verdicts=found,
+                    adjustments=_adjustments(score, by_hand.get(id, {}), hours_late.get(id, 0.0)),
+                    marks={name: c.points for name, c in cells.items() if not c.waiting},
+                    notices=notices,
+                )
+            )
+        students.sort(key=lambda student: (student.name.casefold(), student.id))
+        return ClassReport(
+            assignment,
+            _title(app, assignment),
+            students,
+            book.possible,
+            sorted(graded_with),
+            walled=bool(walled) and all(walled),
+            worth=worth,
         )
-    with Gradebook(f"sqlite:///{database.resolve()}") as book:
+
+
+def _book(app: NbGrader, course: Path, assignment: str) -> Book:
+    """The gradebook of a course, wherever its configuration says that it is."""
+    from nbgrader.api import Gradebook, MissingEntry
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from autograder.course import CourseError
+    from autograder.gradebook import Book
+
+    try:
+        url = make_url(app.coursedir.db_url)
+        # SQLite would make one where there is none.
+        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+            raise FileNotFoundError(
+                f"course must be a folder with a gradebook.db, got {course}: "
+                "run `fewer grade` first"
+            )
         try:
-            entry = book.find_assignment(assignment)
+            return Book(app.coursedir.db_url, app.coursedir.course_id, assignment)
         except MissingEntry:
-            known = ", ".join(a.name for a in book.assignments) or "none yet"
+            with Gradebook(app.coursedir.db_url, app.coursedir.course_id) as gradebook:
+                known = ", ".join(a.name for a in gradebook.assignments) or "none yet"
             raise ValueError(
                 f"assignment must be one of the gradebook's ({known}), got {assignment!r}"
             ) from None
-        students = []
-        graded_with, walled = set(), []
-        for person in book.students:
-            name = " ".join(part for part in (person.first_name, person.last_name) if part)
-            student = Student(person.id, name or person.id, None, entry.max_score)
-            notebooks = sorted((course / "autograded" / person.id / assignment).glob("*.ipynb"))
-            try:
-                submission = book.find_submission(assignment, person.id)
-            except MissingEntry:
-                submission = None
-            if submission is None or not notebooks:
-                handed_in = (course / "submitted" / person.id / assignment).exists()
-                students.append(replace(student, ungraded=handed_in))
-                continue
-            found: dict[str, Verdict] = {}
-            for nb in (nbformat.read(path, as_version=4) for path in notebooks):
-                found |= verdicts(nb)
-                if made := nb.metadata.get("fewer"):
-                    graded_with.add(f"fewer {made['version']}, seed {made['seed']}")
-                    walled.append(made.get("sandbox") is True)
-            score = max(0.0, submission.score - submission.late_submission_penalty)
-            adjustments = _adjustments(submission)
-            students.append(replace(student, score=score, verdicts=found, adjustments=adjustments))
-        students.sort(key=lambda student: (student.name.casefold(), student.id))
-        title = _title(course, assignment)
-        return ClassReport(
-            assignment,
-            title,
-            students,
-            entry.max_score,
-            sorted(graded_with),
-            walled=bool(walled) and all(walled),
-        )
+    except SQLAlchemyError as error:
+        why = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise CourseError(f"the gradebook cannot be opened: {why}") from error
 
 
-def verdicts(nb: NotebookNode) -> dict[str, Verdict]:
-    """The verdicts stored as outputs of a notebook's grade cells, by exercise.
+def _notebooks(folder: Path) -> Iterator[dict[str, Any]]:
+    """The notebooks of a folder as plain data: nbformat takes ten times as long to read them.
 
-    Outputs of other cells do not count (a student may display anything there), nor does what
-    cannot be read as a verdict.
+    They are grading's own, so they need no repair. What is no notebook is left out.
     """
-    found = {}
-    for cell in nb.cells:
-        about = cell.metadata.get("nbgrader", {})
-        if not about.get("grade") or not str(about.get("grade_id", "")).startswith("check_"):
+    for path in sorted(folder.glob("*.ipynb")):
+        try:
+            nb = json.loads(path.read_bytes())
+        except (OSError, ValueError):
             continue
-        for output in cell.get("outputs", []):
-            if data := output.get("data", {}).get(MIME):
-                try:
-                    verdict = Verdict.from_json(data)
-                except (KeyError, TypeError, AttributeError):
-                    continue
-                found[about["grade_id"].removeprefix("check_")] = verdict
-    return found
+        if isinstance(nb, dict):
+            yield nb
 
 
-def _adjustments(submission: Any) -> list[Adjustment]:
-    """What persons and rules did to the automatic points of a submission in the gradebook."""
+def _adjustments(
+    score: Score, by_hand: Mapping[str, ByHand], hours_late: float
+) -> list[Adjustment]:
+    """What persons and rules did to the automatic points of a submission."""
     changes = []
-    for notebook in submission.notebooks:
-        said = {c.name: c.manual_comment for c in notebook.comments if c.manual_comment}
-        for grade in notebook.grades:
-            automatic = grade.auto_score
-            exercise = grade.name.removeprefix("check_")
-            comment = said.pop(exercise, "") or said.pop(grade.name, "")
-            if grade.needs_manual_grade:
-                changes.append(Adjustment(f"{exercise}: to be graded by hand", None, comment))
-            elif grade.manual_score is not None:
-                by = grade.manual_score - (automatic or 0.0)
-                how = "adjusted by hand" if grade.name.startswith("check_") else "graded by hand"
-                changes.append(Adjustment(f"{exercise}: {how}", by, comment))
-            elif comment:
-                changes.append(Adjustment(f"{exercise}: remark", 0.0, comment))
-            if grade.extra_credit:
-                changes.append(Adjustment(f"{exercise}: extra credit", grade.extra_credit))
-        changes += [Adjustment(f"{cell}: remark", 0.0, comment) for cell, comment in said.items()]
-    if penalty := submission.late_submission_penalty:
-        hours = submission.total_seconds_late / 3600
-        changes.append(
-            Adjustment("late penalty", -penalty, f"{hours:.1f} hours after the due date")
-        )
+    said = dict(score.comments)
+    for name, cell in score.cells.items():
+        exercise = name.removeprefix("check_")
+        comment = said.pop(exercise, "") or said.pop(name, "")
+        hand = by_hand.get(name)
+        if cell.waiting:
+            changes.append(Adjustment(f"{exercise}: to be graded by hand", None, comment))
+        elif hand and hand.manual is not None:
+            how = "adjusted by hand" if name.startswith("check_") else "graded by hand"
+            by = hand.manual - (hand.automatic or 0.0)
+            changes.append(Adjustment(f"{exercise}: {how}", by, comment))
+        elif comment:
+            changes.append(Adjustment(f"{exercise}: remark", 0.0, comment))
+        if hand and hand.extra:
+            changes.append(Adjustment(f"{exercise}: extra credit", hand.extra))
+    changes += [Adjustment(f"{cell}: remark", 0.0, comment) for cell, comment in said.items()]
+    if score.late_penalty:
+        late = f"{hours_late:.1f} hours after the due date"
+        changes.append(Adjustment("late penalty", -score.late_penalty, late))
     return changes
 
 
-def _title(course: Path, assignment: str) -> str:
+def _title(app: NbGrader, assignment: str) -> str:
     """The first heading of the released notebook, or the assignment's name."""
-    for folder in ("release", "source"):
-        for path in sorted((course / folder / assignment).glob("*.ipynb")):
-            for cell in nbformat.read(path, as_version=4).cells:
-                for line in cell.source.splitlines() if cell.cell_type == "markdown" else ():
+    folders = app.coursedir
+    for folder in (folders.release_directory, folders.source_directory):
+        for nb in _notebooks(Path(folders.format_path(folder, ".", assignment))):
+            for cell in nb.get("cells", ()):
+                text = "".join(cell["source"]) if cell["cell_type"] == "markdown" else ""
+                for line in text.splitlines():
                     if line.startswith("# "):
                         return line.removeprefix("# ").strip()
     return assignment
 
 
+def _statistics(name: str, possible: float, students: Sequence[Student]) -> ItemStatistics:
+    """The numbers of one exercise, over the students who have points in it."""
+    marks = [student.marks[name] for student in students if name in student.marks]
+    others = [sum(s.marks.values()) - s.marks[name] for s in students if name in s.marks]
+    varied = len(set(marks)) > 1 and len(set(others)) > 1
+    return ItemStatistics(
+        name=name,
+        possible=possible,
+        count=len(marks),
+        mean=_mean(marks),
+        median=statistics.median(marks) if marks else 0.0,
+        full=_mean([mark >= possible for mark in marks]),
+        zero=_mean([mark <= 0 for mark in marks]),
+        discrimination=statistics.correlation(marks, others) if varied else None,
+    )
+
+
 def render(report: ClassReport) -> str:
     """The report as one HTML page."""
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            # Ids may hold anything, so anchors are numbers.
+            anchor={
+                student.id: f"student-{i}" for i, student in enumerate(report.students, start=1)
+            },
+            worth={name: v.possible for s in report.students for name, v in s.verdicts.items()},
+            few=FEW,
+            named=NAMED,
+            axis=_ticks(max((bar.students for bar in report.histogram), default=0)),
+        )
+    )
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Where the pages' templates are; everything in them is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("autograder"),
         autoescape=True,
@@ -323,14 +457,8 @@ def render(report: ClassReport) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["points"] = points
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        # Ids may hold anything, so anchors are numbers.
-        anchor={student.id: f"student-{i}" for i, student in enumerate(report.students, start=1)},
-        worth={name: v.possible for s in report.students for name, v in s.verdicts.items()},
-        card=lambda verdict: Markup(verdict.html()),  # escapes by itself
-        axis=_ticks(max((bar.students for bar in report.histogram), default=0)),
-    )
+    environment.filters["card"] = lambda verdict: Markup(verdict.html())  # escapes by itself
+    return environment
 
 
 def points(value: float | None) -> str:

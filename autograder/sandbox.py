@@ -13,12 +13,18 @@ namespaces of its own:
 
 A child may have threads but start no process: a second filter, set after the fork, sees to that.
 (No limit of the kernel holds for what root starts, and a fork bomb starves whoever watches it.) So
-the bound on the memory of one process (`limit_memory` in `autograder.child`) is one on all; time is
-bounded by the grader.
+the bound on the memory of one process (`limit_memory` in `autograder.child`) is one on all, as what
+the kernel would keep for it outside of that bound is refused: shared memory with no file, message
+queues. Threads are counted by the zygote, time by the grader. Where the kernel has Landlock, a
+child puts itself behind that as well (`second_wall`), should a mount ever show too much.
+
+No control groups: they would bound the same again, are writable for root in some setups and for
+others in few, and leave folders behind when a grader is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -34,14 +40,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+import platformdirs
+
 import fewer
-from fewer.models.fetch import cache_home
+from autograder import landlock
 
 DISK = 256 << 20  # bytes that fit in /tmp, and in /dev/shm
+THREADS = 1000  # of a process, which the machine has only so many of
 SYSTEM = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.conf"),
     *("/etc/ld.so.conf.d", "/etc/alternatives", "/etc/fonts", "/etc/localtime"),
 )
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+OWN = Path(__file__).parent
+PROBE = """
+import importlib.util as there, autograder.sandbox
+for name in ("torch", "numpy", "IPython"):
+    if not there.find_spec(name):
+        raise ModuleNotFoundError(f"there is no {name}")
+"""
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "FEWER_SMALL")
 
 # System calls by number, on x86_64 and aarch64; None: there is none.
@@ -59,12 +76,18 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "init_module": (175, 105),
     "io_uring_enter": (426, 426),
     "io_uring_setup": (425, 425),
+    "ioprio_set": (251, 30),
     "kexec_file_load": (320, 294),
     "kexec_load": (246, 104),
     "keyctl": (250, 219),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "modify_ldt": (154, None),
     "mount": (165, 40),
     "mount_setattr": (442, 442),
     "move_mount": (429, 429),
+    "mq_open": (240, 180),
+    "msgget": (68, 186),
     "open_by_handle_at": (304, 265),
     "open_tree": (428, 428),
     "perf_event_open": (298, 241),
@@ -77,8 +100,11 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "quotactl": (179, 60),
     "reboot": (169, 142),
     "request_key": (249, 218),
+    "semget": (64, 190),
     "setns": (308, 268),
+    "setpriority": (141, 140),
     "settimeofday": (164, 170),
+    "shmget": (29, 194),
     "swapoff": (168, 225),
     "swapon": (167, 224),
     "syslog": (103, 116),
@@ -87,8 +113,21 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "uselib": (134, None),
     "userfaultfd": (323, 282),
 }
+# Of these the first argument must be one of some values: no process but oneself (0) may get other
+# limits or another place in the queue, the zygote least of all. Of sockets there are those of UNIX,
+# IP and netlink, which stay in their namespace.
+ONLY: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "prlimit64": (302, 261, (0,)),
+    "sched_setaffinity": (203, 122, (0,)),
+    "sched_setattr": (314, 274, (0,)),
+    "sched_setparam": (142, 118, (0,)),
+    "sched_setscheduler": (144, 119, (0,)),
+    "socket": (41, 198, (1, 2, 10, 16)),
+    "socketpair": (53, 199, (1,)),
+}
 MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column, arch, clone
 CLONE3, CLONE_NEWUSER, CLONE_THREAD = 435, 0x10000000, 0x10000
+FIRST = 16  # where a filter finds the lower half of the first argument
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of classic BPF
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000  # of seccomp; REFUSE with an errno
 
@@ -116,9 +155,15 @@ def filter_program(machine: str) -> bytes:
     for numbers in REFUSED.values():
         if (number := numbers[column]) is not None:
             steps += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE | errno.EPERM)]
+    for name, (*by_machine, values) in ONLY.items():
+        # ZeroMQ names its own threads, and ends the process if refused: it hears that all is well.
+        refusal = REFUSE | (0 if name == "sched_setscheduler" else errno.EPERM)
+        one_of = [(EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
+        steps += [(EQUAL, 0, len(values) + 3, by_machine[column]), (LOAD, 0, 0, FIRST), *one_of]
+        steps += [(RETURN, 0, 0, refusal), (RETURN, 0, 0, ALLOW)]
     # clone3 has its flags where no filter sees them: without it, libraries call clone.
     steps += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | errno.ENOSYS)]
-    steps += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (ANY_BIT, 0, 1, CLONE_NEWUSER)]
+    steps += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, FIRST), (ANY_BIT, 0, 1, CLONE_NEWUSER)]
     return _program(machine, [*steps, (RETURN, 0, 0, REFUSE | errno.EPERM)])
 
 
@@ -129,7 +174,7 @@ def no_processes(machine: str) -> bytes:
     if machine == "x86_64":
         for number in (57, 58):  # fork and vfork, which aarch64 does not have
             steps += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE | errno.EPERM)]
-    steps += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (ANY_BIT, 1, 0, CLONE_THREAD)]
+    steps += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, FIRST), (ANY_BIT, 1, 0, CLONE_THREAD)]
     return _program(machine, [*steps, (RETURN, 0, 0, REFUSE | errno.EPERM)])
 
 
@@ -141,6 +186,15 @@ def _program(machine: str, steps: list[tuple[int, int, int, int]]) -> bytes:
     if machine == "x86_64":  # the calls of x32 are the same ones under other numbers
         before += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, REFUSE | errno.EPERM)]
     return b"".join(struct.pack("HBBI", *one) for one in [*before, *steps, (RETURN, 0, 0, ALLOW)])
+
+
+def threads(pid: int) -> int:
+    """How many threads a process has; 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return int(stat.read().rsplit(b")", 1)[1].split()[17])
+    except (OSError, IndexError):
+        return 0
 
 
 def forbid_processes() -> None:
@@ -158,35 +212,83 @@ def forbid_processes() -> None:
         raise OSError(ctypes.get_errno(), "the filter of system calls cannot be set")
 
 
-def command(argv: list[str], environment: Mapping[str, str], seccomp: int) -> list[str]:
+def empty(folder: str) -> None:
+    """Remove all that is in a folder, but what is mounted there. What lies there may be locked,
+    nested thousands deep, and too much for the arguments of a command."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            os.rmdir(os.path.join(folder, name))  # as a rule there is one empty folder
+        return
+    quietly = functools.partial(subprocess.run, stderr=subprocess.DEVNULL, check=False)
+    quietly(["chmod", "-R", "u+rwx", "--", folder])
+    quietly(["find", folder, "-xdev", "-mindepth", "1", "-delete"])
+
+
+def cache_home() -> Path:
+    """That of `fewer.models.fetch`, without waiting for torch."""
+    return Path(os.environ.get("FEWER_HOME") or platformdirs.user_cache_dir("fewer")).expanduser()
+
+
+def readable() -> list[str]:
+    """What is shown behind the walls: folders and files of this machine, some of which may not
+    exist."""
+    python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *site.getsitepackages()}
+    # Packages of the user (pip install --user), or of modules that were loaded.
+    python |= {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
+    return [
+        *SYSTEM,
+        *sorted({os.path.realpath(path) for path in python} | python),
+        str(Path(fewer.__file__).parent),
+        str(OWN),
+        str(cache_home()),
+    ]
+
+
+def checks() -> list[str]:
+    """The folder of the checks, by each of its names. It is not shown."""
+    return sorted({str(OWN / "checks"), str((OWN / "checks").resolve())})
+
+
+@functools.cache
+def second_wall() -> int:
+    """Landlock's rules that refuse again what the mounts do not show, for `landlock.enter`.
+
+    They are made once: a descriptor that all children have of their zygote.
+    """
+    hidden = [Path(path) for path in checks()]
+    return landlock.ruleset(
+        read=[*readable(), "/proc", "/dev"], write=["/tmp", "/dev/shm", *DEVICES], hidden=hidden
+    )
+
+
+def command(
+    argv: list[str], environment: Mapping[str, str], seccomp: int, info: int | None = None
+) -> list[str]:
     """How to start ``argv`` behind the walls.
 
     Args:
         environment: what it finds in its environment, besides a few of our own variables.
         seccomp: a file descriptor to read `filter_program` from, inherited.
+        info: one to write to, as JSON, which process was started.
     """
-    own = Path(__file__).parent
-    python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *site.getsitepackages()}
-    readable = [
-        *SYSTEM,
-        *sorted({os.path.realpath(path) for path in python} | python),
-        str(Path(fewer.__file__).parent),
-        str(own),
-        str(cache_home()),
-    ]
     bounded = ["--size", str(DISK), "--tmpfs"]
     wanted = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     wanted |= {**environment, "HOME": "/tmp", "USER": "student", "LOGNAME": "student"}
-    wanted["FEWER_HOME"] = str(cache_home())  # which a new HOME would change
-    checks = sorted({str(own / "checks"), str((own / "checks").resolve())})
+    # What a new HOME would change:
+    wanted["FEWER_HOME"] = str(cache_home())
+    if site.ENABLE_USER_SITE:
+        wanted["PYTHONUSERBASE"] = site.getuserbase()
     return [
         *("bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session"),
         *("--cap-drop", "ALL", "--hostname", "sandbox", "--clearenv"),
         *(part for name, value in wanted.items() for part in ("--setenv", name, value)),
         # What may be written comes first: Python, or this folder, may lie somewhere below /tmp.
         *("--proc", "/proc", "--dev", "/dev", *bounded, "/dev/shm", *bounded, "/tmp"),
-        *(part for path in readable for part in ("--ro-bind-try", path, path)),
-        *(part for path in checks for part in ("--tmpfs", path, "--remount-ro", path)),
+        # Settings of the kernel below /proc/sys belong to root, and so may the one who grades.
+        *("--remount-ro", "/proc", "--remount-ro", "/dev"),
+        *(part for path in readable() for part in ("--ro-bind-try", path, path)),
+        *(part for path in checks() for part in ("--tmpfs", path, "--remount-ro", path)),
+        *(() if info is None else ("--info-fd", str(info))),
         *("--remount-ro", "/", "--chdir", "/tmp", "--seccomp", str(seccomp), "--", *argv),
     ]
 
@@ -200,7 +302,7 @@ def missing() -> str:
         return "bubblewrap is not installed: apt install bubblewrap (or dnf, pacman, zypper)"
     try:
         with seccomp_file() as file:
-            probe = command([sys.executable, "-c", "import fewer"], {}, file.fileno())
+            probe = command([sys.executable, "-P", "-c", PROBE], {}, file.fileno())
             done = subprocess.run(
                 probe, pass_fds=[file.fileno()], capture_output=True, text=True, timeout=60
             )
@@ -210,9 +312,15 @@ def missing() -> str:
         return f"bubblewrap does not start ({error})"
     if done.returncode == 0:
         return ""
-    said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if not said.startswith("bwrap:") or "execvp" in said:
+        return (
+            f"Python does not run behind the walls ({said}). There it finds {sys.prefix}, "
+            f"{sys.base_prefix} and the folders site-packages of its path, if the files in them "
+            "are yours, or for all to read. A virtual environment that you made has all in place"
+        )
     return (
-        f"bubblewrap cannot make its walls here ({said[0]}). It may want user namespaces: "
+        f"bubblewrap cannot make its walls here ({said}). It may want user namespaces: "
         "sysctl kernel.unprivileged_userns_clone=1 (Debian), or an AppArmor profile for bwrap "
         "(Ubuntu 24.04). Containers need --security-opt seccomp=unconfined, or more rights"
     )

@@ -15,9 +15,9 @@ from typing import Any
 from nbformat import NotebookNode
 
 import autograder.exercise
-from autograder.candidate import Call
 from autograder.compare import CandidateDied, CandidateError
 from autograder.exercise import Exercise
+from autograder.foresight import Answer, Plan
 from autograder.judge import SEED, judge
 from autograder.remote import CALL_SECONDS, CELL_SECONDS, MEMORY, Child, Remote, Zygote
 from autograder.verdict import Failure, Result, Verdict
@@ -114,10 +114,10 @@ def _lost(exercise: Exercise, seed: int, why: str, trace: str = "", note: str = 
     """A verdict where nothing could be judged. No hints: they are about the method."""
     failure = Failure(why, trace=trace)
     results = [
-        Result(check.name, check.statement, check.points, "failed", failure=failure)
-        for check in exercise.checks
+        Result(c.name, c.statement, c.points, "failed", failure=failure, hidden=c.hidden)
+        for c in exercise.checks
     ]
-    return Verdict(exercise.name, results, seed, note)
+    return Verdict(exercise.name, results, seed, note, hidden_points=exercise.hidden_points)
 
 
 class Session:
@@ -228,10 +228,10 @@ class Phoenix(Remote):
         self.session = session
         session.called.add(name)
 
-    def foresee(self, calls: list[Call]) -> None:
+    def foresee(self, plan: Plan) -> list[list[Answer]]:
         self.child = self.session.alive()
         self.session.called.add(self.name)
-        super().foresee(calls)
+        return super().foresee(plan)
 
 
 def _metadata(cell: NotebookNode) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,19 @@ from autograder.candidate import Call
 from autograder.compare import CandidateError
 
 MIME = "application/vnd.fewer.verdict+json"
+LONGEST = 4000  # characters of a text in a verdict
+# What a terminal takes for a command, or what turns the direction of all that follows.
+COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def legible(text: str) -> str:
+    """A student's words as a page or a terminal can show them: not too many, and no commands.
+
+    >>> legible("a\\x1b[2Jb")
+    'a\ufffd[2Jb'
+    """
+    text = COMMANDS.sub("\ufffd", text[: LONGEST + 1])
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 @dataclass(frozen=True)
@@ -35,10 +49,17 @@ class Failure:
     expected: str = ""
     trace: str = ""
 
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            object.__setattr__(self, name, legible(text))
+
 
 @dataclass(frozen=True)
 class Result:
-    """One check's outcome: 'passed', 'failed', or 'todo' where nothing was written yet."""
+    """One check's outcome: 'passed', 'failed', or 'todo' where nothing was written yet.
+
+    That of a hidden check is seen after grading only.
+    """
 
     check: str
     statement: str
@@ -48,6 +69,7 @@ class Result:
     diagnosis: str = ""
     misconception: str = ""
     failure: Failure | None = None
+    hidden: bool = False
 
     @property
     def title(self) -> str:
@@ -65,6 +87,7 @@ class Verdict:
     Attributes:
         note: what the reader should know about the verdict as a whole (why nothing could run).
         seed: the seed of the inputs: the same function and seed give the same verdict.
+        hidden_points: what the checks are worth that are not in this installation.
     """
 
     exercise: str
@@ -72,6 +95,10 @@ class Verdict:
     seed: int = 0
     note: str = ""
     error: str = field(default="", repr=False)
+    hidden_points: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "note", legible(self.note))
 
     @property
     def points(self) -> int:
@@ -88,6 +115,14 @@ class Verdict:
     @property
     def todo(self) -> bool:
         return bool(self.results) and all(result.status == "todo" for result in self.results)
+
+    @property
+    def to_come(self) -> str:
+        """What a student is told of the checks that are not in this installation."""
+        if not self.hidden_points:
+            return ""
+        unit = "point" if self.hidden_points == 1 else "points"
+        return f"and {self.hidden_points} {unit} from hidden checks, seen at grading"
 
     @property
     def first_failure(self) -> Result | None:
@@ -122,8 +157,11 @@ class Verdict:
             mark, color = marks[result.status]
             line = Text(f"{mark} ", style=color)
             line.append(result.title, style="" if result.status == "passed" else color)
-            line.append(f"  {result.earned}/{result.points}", style="dim")
+            hidden = " (hidden check)" if result.hidden else ""
+            line.append(f"  {result.earned}/{result.points}{hidden}", style="dim")
             lines.append(line)
+        if self.to_come:
+            lines.append(Text(self.to_come, style="dim"))
         if self.note:
             lines.append(Text(self.note, style="yellow"))
         if worst := self.first_failure:
@@ -139,6 +177,27 @@ class Verdict:
     def html(self) -> str:
         """The card as a piece of HTML with its own style; everything in it is escaped."""
         return _CARD.render(verdict=self, worst=self.first_failure, lines=worst_lines)
+
+
+def verdicts(nb: Mapping[str, Any]) -> dict[str, Verdict]:
+    """The verdicts stored as outputs of a notebook's grade cells, by exercise.
+
+    Outputs of other cells do not count (a student may display anything there), nor does what
+    cannot be read as a verdict.
+    """
+    found = {}
+    for cell in nb.get("cells", ()):
+        about = cell.get("metadata", {}).get("nbgrader", {})
+        if not about.get("grade") or not str(about.get("grade_id", "")).startswith("check_"):
+            continue
+        for output in cell.get("outputs", []):
+            if data := output.get("data", {}).get(MIME):
+                try:
+                    verdict = Verdict.from_json(data)
+                except (KeyError, TypeError, AttributeError):
+                    continue
+                found[about["grade_id"].removeprefix("check_")] = verdict
+    return found
 
 
 def worst_lines(result: Result) -> list[tuple[str, str]]:
@@ -195,34 +254,42 @@ def _plain(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.is_contiguous()
 
 
+# Styled in place, as notebooks show it anywhere; the classes let a page of ours restyle it.
 _CARD = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     """
-<div class="fewer-verdict" style="font: 14px/1.45 system-ui, sans-serif; max-width: 62em;
- border: 1px solid #d0d7de; border-left: 5px solid {{ '#009E73' if verdict.passed else
- '#999999' if verdict.todo else '#D55E00' }}; border-radius: 6px; padding: .7em 1em; margin: .3em 0;
- color: #1f2328; background: #ffffff">
+{% set status = 'passed' if verdict.passed else 'todo' if verdict.todo else 'failed' %}
+<div class="fewer-verdict is-{{ status }}" style="font: 14px/1.45 system-ui, sans-serif;
+ max-width: 62em; border: 1px solid #d0d7de; border-left: 5px solid {{ {'passed': '#009E73',
+ 'todo': '#999999', 'failed': '#D55E00'}[status] }}; border-radius: 6px; padding: .7em 1em;
+ margin: .3em 0; color: #1f2328; background: #ffffff">
 <div style="display: flex; justify-content: space-between">
 <b style="font-family: ui-monospace, monospace">{{ verdict.exercise }}</b>
 <b>{{ verdict.points }} / {{ verdict.possible }} points</b></div>
 {% for r in verdict.results %}
-<div style="color: {{ {'passed': '#00734f', 'failed': '#b34700', 'todo': '#6e7781'}[r.status] }}">
+<div class="fewer-{{ r.status }}" style="color: {{ {'passed': '#00734f', 'failed': '#b34700',
+ 'todo': '#6e7781'}[r.status] }}">
 {{ {'passed': '✓', 'failed': '✗', 'todo': '·'}[r.status] }} {{ r.title }}
-<span style="color: #6e7781">{{ r.earned }}/{{ r.points }}</span></div>
+<span class="fewer-soft" style="color: #6e7781">{{ r.earned }}/{{ r.points }}
+{{- ' (hidden check)' if r.hidden }}</span></div>
 {% endfor %}
+{% if verdict.to_come %}
+<div class="fewer-soft" style="color: #6e7781">{{ verdict.to_come }}</div>
+{% endif %}
 {% if verdict.note %}
-<div style="color: #7a5b00; margin-top: .4em">{{ verdict.note }}</div>
+<div class="fewer-note" style="color: #7a5b00; margin-top: .4em">{{ verdict.note }}</div>
 {% endif %}
 {% if worst %}
-<div style="margin-top: .7em; padding-top: .6em; border-top: 1px solid #e5e8eb">
+<div class="fewer-why" style="margin-top: .7em; padding-top: .6em; border-top: 1px solid #e5e8eb">
 <div style="font-weight: 600; margin-bottom: .3em">{{ worst.statement }}</div>
 {% for label, text in lines(worst) %}
-<div style="display: flex; gap: .8em; margin: .15em 0">
-<div style="flex: 0 0 8.5em; color: #6e7781">{{ label }}</div>
+<div class="fewer-row" style="display: flex; gap: .8em; margin: .15em 0">
+<div class="fewer-soft" style="flex: 0 0 8.5em; color: #6e7781">{{ label }}</div>
 {% if label in ('when called as', 'your result', 'expected', 'your code') %}
 <pre style="margin: 0; white-space: pre-wrap; font-size: 12.5px; background: #f6f8fa;
  padding: .1em .5em; border-radius: 4px; color: #1f2328">{{ text }}</pre>
 {% elif label == 'what it looks like' %}
-<div style="background: #fff4e5; padding: .1em .5em; border-radius: 4px">{{ text }}</div>
+<div class="fewer-says" style="background: #fff4e5; padding: .1em .5em; border-radius: 4px">
+{{- text }}</div>
 {% else %}<div>{{ text }}</div>{% endif %}
 </div>
 {% endfor %}

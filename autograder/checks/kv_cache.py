@@ -711,15 +711,15 @@ def large_scores_do_not_overflow(candidate, scores, shift, low):
     hint="What is the exponential of minus infinity? If nothing else is in the row, what do you "
     "subtract from it before you take the exponential?",
     scores=tensors(st.integers(0, 4).map(lambda n: (n,)), MILD),
-    hidden=st.integers(1, 3),
+    masked=st.integers(1, 3),
 )
-def hidden_tokens_get_nothing(candidate, scores, hidden):
+def hidden_tokens_get_nothing(candidate, scores, masked):
     """A score of -inf makes a 0 and leaves the others as they were; a row of nothing else makes
     zeros."""
-    row = torch.cat([scores, torch.full((hidden,), -INF)])
+    row = torch.cat([scores, torch.full((masked,), -INF)])
     got = as_double(candidate(row))
     expect_shape(got, row.shape, "the result")
-    expect_equal(got[len(scores) :], torch.zeros(hidden), "what hidden tokens get", reveal=True)
+    expect_equal(got[len(scores) :], torch.zeros(masked), "what hidden tokens get", reveal=True)
     if len(scores):
         expect_close(got[: len(scores)], candidate(scores), "what the others get", rtol=1e-4)
 

@@ -5,6 +5,8 @@ Three habits keep one mistake from costing everything. Codes are judged against 
 rounding, the others allow the neighbouring code; and storage types have a check of their own. Ties
 may go either way everywhere.
 
+Two checks are hidden: they ask for what a docstring promises and a first try does not touch.
+
 A misconception is the right method with one thing wrong in it. What those of an exercise have in
 common is in a helper in front of them, open at the places where people go wrong. They refuse bad
 input as the references do, so that they are recognized by their mistake and not by a missing error
@@ -207,6 +209,7 @@ def the_sign_bit_flips_the_sign(candidate, drawn):
     form, fields = drawn
     positive = candidate(assembled(form, fields), *form)
     negative = candidate(assembled(form, [(1, x, f) for _, x, f in fields]), *form)
+    expect_shape(negative, (len(fields),), "the result")
     expect_equal(negative, -as_double(positive), "the number with the top bit set", reveal=True)
     expect(torch.signbit(as_double(negative)), "a number with the top bit set is not negative")
 
@@ -242,6 +245,7 @@ def infinity_and_nan_are_where_the_format_has_them(candidate, drawn):
 @minifloat.check(
     points=1,
     hint="Which type do your intermediate results have? uint8 has no room below 0 or above 255.",
+    hidden=True,
     form=st.sampled_from([(4, 3, "fn"), (5, 2, "ieee")]),
     codes=integer_tensors(0, 255, shapes(1, 3, max_side=4), dtype=torch.uint8),
     dtype=st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]),
@@ -1057,6 +1061,7 @@ def it_is_the_ratio_of_two_energies(candidate, pair):
 @noise_ratio.check(
     points=1,
     hint="What is the square of 300 in float16, and that of 0.0001?",
+    hidden=True,
     x=nonzero(kinds=("tiny", "large"), dtypes=(torch.float16, torch.bfloat16)),
     part=st.sampled_from((0.125, 0.25)),
 )
@@ -1513,7 +1518,7 @@ def squared_error(x: Tensor, bits: int, alpha: float) -> float:
         kinds=("normal", "outlier", "whole", "positive", "sparse", "negative", "tiny", "large"),
     ),
     bits=st.sampled_from((2, 3, 4, 8)),
-    steps=st.sampled_from((4, 2, 3, 5, 8, 12, None)),
+    steps=st.sampled_from((4, 2, 3, 5, 8, 12, 4, 8, 3, 5, 12, 8, None)),  # None: 100, and slow
 )
 def no_other_threshold_has_a_smaller_error(candidate, x, bits, steps):
     """Of the thresholds max|x| k / steps, k = 1 ... steps (100 unless said otherwise), none gives a
@@ -1533,10 +1538,10 @@ def no_other_threshold_has_a_smaller_error(candidate, x, bits, steps):
 @clipping.check(
     points=2,
     hint="The threshold has the unit of x. What is it if steps is 1?",
-    examples=30,
+    examples=20,
     x=nonzero(shapes(1, 2, max_side=5)),
     bits=st.sampled_from((2, 3, 4, 8)),
-    steps=st.sampled_from((4, 1, 2, 3, 5, 10, None)),
+    steps=st.sampled_from((4, 1, 2, 3, 5, 10, 1, 2, 3, None)),
 )
 def the_threshold_is_one_of_the_candidates(candidate, x, bits, steps):
     """The answer is max|x| times k / steps for a whole k from 1 to steps, and steps is 100 unless
@@ -1553,6 +1558,7 @@ def the_threshold_is_one_of_the_candidates(candidate, x, bits, steps):
 @clipping.check(
     points=1,
     hint="In which order do you try the thresholds, and what do you do when two are as good?",
+    examples=20,
     unit=st.sampled_from((1.0, 0.5, 4.0, -1.0, -2.0)),
     ones=st.integers(1, 3),
     more=st.integers(0, 2),
@@ -1568,7 +1574,7 @@ def of_equally_good_thresholds_the_largest_is_taken(candidate, unit, ones, more)
 @clipping.check(
     points=1,
     hint="What is the largest magnitude of a tensor of zeros?",
-    examples=15,
+    examples=10,
     x=tensors(kinds=("zeros",)),
     bits=st.sampled_from((2, 4, 8)),
     steps=st.integers(1, 5),

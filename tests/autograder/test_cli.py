@@ -27,7 +27,8 @@ from autograder import cli
 from autograder.verdict import MIME, Failure, Result, Verdict
 
 COMMANDS = ["labs", "start", "check", "fetch"]
-COMMANDS += ["build", "release", "grade", "report", "kill-table", "demo"]
+COMMANDS += ["build", "release", "grade", "explain", "report", "export", "kill-table", "demo"]
+COMMANDS += ["attack"]
 
 
 def run(*args: object) -> Outcome:
@@ -143,6 +144,7 @@ def test_a_mistake_gets_one_line_that_says_what_would_be_right(course: Path, lin
     for lab in ("lab1_small", "lab2_large"):
         (course / "two" / "submitted" / "ada" / lab).mkdir(parents=True)
     (course / "graded" / "autograded" / "ada" / "lab1_small").mkdir(parents=True)
+    (course / "graded" / "nbgrader_config.py").write_text("", "utf-8")
     (course / "full").mkdir()
     (course / "full" / "thesis.tex").write_text("years of work")
     outcome = run(*line.split())

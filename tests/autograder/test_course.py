@@ -12,108 +12,51 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_output
 from nbgrader.api import Gradebook
+from small_course import (
+    BOTH,
+    FIRST,
+    LAB,
+    MAX,
+    SECOND,
+    cell_of,
+    hand_in,
+    make_course,
+    solved,
+    write_root,
+)
 
-import fewer
-from autograder import course as courses
-from autograder import sandbox
-from autograder.build import build, source_notebook, student_notebook
-from autograder.course import NO_SANDBOX, CourseError, create_course, grade, release, scores
-from autograder.exercise import exercises
-from autograder.oracle import GraderFault
-from autograder.oracle import _output as oracle_output
+from autograder import remote, sandbox, submission
+from autograder.build import build, student_notebook
+from autograder.course import CourseError, course_seed, create_course, release
+from autograder.exercise import exercises, find
+from autograder.grading import NO_SANDBOX, grade, scores
 from autograder.remote import GraderError
 from autograder.report import read_class, render
 from autograder.verdict import MIME, Result, Verdict
+from autograder.worker import GraderFault, course_version, record
 
 pytestmark = pytest.mark.xdist_group("course")  # the fixtures below grade whole classes
 
-LAB = "lab7_small"
 WALLED = not sandbox.missing()
-FIRST, SECOND = "quantize_symmetric", "quantize_asymmetric"
-SCRIPT = f"""\
-# %% [markdown]
-# # Lab 7. Small
-
-# %%
-from autograder import check
-
-# %% tags=["exercise"]
-from fewer.quantization import {FIRST}
-
-# %% tags=["check"]
-check({FIRST})
-
-# %% tags=["demo"]
-raise RuntimeError("demo cells are not for grading")
-
-# %% tags=["exercise"]
-from fewer.quantization import {SECOND}
-
-# %% tags=["check"]
-check({SECOND})
-
-# %% [markdown] tags=["written"] id="why" points=4
-# **Question.** Why?
-#
-# **Answer.** The model answer.
-#
-# **Rubric.** 4 points for it.
-"""
-MAX = {name: exercises()[name].points for name in (FIRST, SECOND)}
-BOTH = MAX[FIRST] + MAX[SECOND]
 HONEST = {"perfect": BOTH, "untouched": 0, "partial": MAX[FIRST]}
 # On the board: late work gets nothing here, what the checks gave it is the raw score.
-POINTS = {**HONEST, "late": 0, "deleted": BOTH, "tampered": MAX[FIRST], "crash": MAX[SECOND]}
-BROKEN = {
-    "broken": "lab7_small.ipynb is not a readable notebook (NotJSONError)",
-    "empty": "no lab7_small.ipynb was handed in: the folder is empty",
-    "renamed": "no lab7_small.ipynb was handed in; there is lab7_small-final.ipynb",
-    "corrupt": "nbgrader cannot process it (KeyError: 'grade_id'), see grading.log",
-}
-
-
-def cell_of(notebook, grade_id):
-    return next(
-        cell
-        for cell in notebook.cells
-        if cell.metadata.get("nbgrader", {}).get("grade_id") == grade_id
-    )
-
-
-def solved(released, source, *names):
-    """The released notebook with the reference's solution of some exercises typed in."""
-    notebook = nbformat.from_dict(released)
-    for name in names:
-        cell_of(notebook, name).source = cell_of(source, name).source
-    return notebook
-
-
-def hand_in(course: Path, student: str, notebook, timestamp="2030-01-01 12:00:00 UTC") -> Path:
-    folder = course / "submitted" / student / LAB
-    folder.mkdir(parents=True)
-    (folder / "timestamp.txt").write_text(timestamp)
-    if notebook is not None:
-        nbformat.write(notebook, folder / f"{LAB}.ipynb")
-    return folder
+MENDED = {"deleted": BOTH, "tampered": MAX[FIRST], "renamed": 0, "corrupt": MAX[FIRST]}
+POINTS = {**HONEST, **MENDED, "late": 0, "crash": MAX[SECOND]}
+BROKEN = {"broken": "lab7_small.ipynb", "empty": "no lab7_small.ipynb was handed in"}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("root")
-    (root / "solutions").mkdir()
-    (root / "solutions" / f"{LAB}.py").write_text(SCRIPT)
-    return root
+    return write_root(tmp_path_factory.mktemp("root"))
 
 
 @pytest.fixture(scope="module")
 def course(root, tmp_path_factory):
     """A course with eleven submissions, not graded yet."""
     course = tmp_path_factory.mktemp("course") / "spring term"
-    assert create_course(course, root, [7]) == [LAB]
+    released, source = make_course(course, root)
     with (course / "nbgrader_config.py").open("a") as config:
         config.write('c.LateSubmissionPlugin.penalty_method = "zero"\n')
-    released = nbformat.read(release(course, LAB), as_version=4)
-    source = source_notebook(root / "solutions" / f"{LAB}.py")
     with Gradebook(f"sqlite:///{course}/gradebook.db") as gradebook:
         gradebook.update_or_create_assignment(LAB, duedate="2030-01-01 18:00:00 UTC")
 
@@ -149,7 +92,7 @@ def course(root, tmp_path_factory):
     (folder / f"{LAB}.ipynb").rename(folder / f"{LAB}-final.ipynb")
     hand_in(course, "empty", None)
     (course / "submitted" / "empty" / LAB / "timestamp.txt").unlink()
-    corrupt = nbformat.from_dict(released)
+    corrupt = solved(released, source, FIRST)
     del cell_of(corrupt, FIRST).metadata.nbgrader["grade_id"]
     hand_in(course, "corrupt", corrupt)
     return course
@@ -195,6 +138,7 @@ def test_without_a_sandbox_grading_refuses_or_says_so_in_every_report(
         grade(course, LAB)
     copy = shutil.copytree(course, tmp_path / "copy")
     summary = grade(copy, LAB, walled=False)
+    assert summary.judged == len(POINTS)  # a grade of the sandbox is not one without it
     assert summary.notices == [NO_SANDBOX]
     assert not read_class(copy, LAB).walled
     assert "Student code ran without a sandbox" in render(read_class(copy, LAB))
@@ -206,6 +150,7 @@ def test_a_submission_that_cannot_be_graded_is_listed_and_stops_nobody(graded, c
     for student, why in BROKEN.items():
         assert summary.failed[student].startswith(why)
         assert not (course / "autograded" / student / LAB).exists()
+    assert summary.remarks.keys() == {"corrupt", "deleted", "renamed", "tampered"}
     total = len(POINTS) + len(BROKEN)
     assert {said[1] for said in told} == {total}
     assert told[-1][0] == total
@@ -225,8 +170,8 @@ def test_the_csv_has_a_row_for_every_student(graded):
 
 def test_a_graded_notebook_holds_verdicts_seed_and_course_version(graded, course):
     notebook = nbformat.read(course / "autograded" / "tampered" / LAB / f"{LAB}.ipynb", 4)
-    made = {"version": fewer.__version__, "seed": 0, "sandbox": WALLED}
-    assert notebook.metadata["fewer"] == made
+    made = notebook.metadata["fewer"]
+    assert (made["course"], made["seed"], made["sandbox"]) == (course_version(), 0, WALLED)
     check = cell_of(notebook, f"check_{SECOND}")
     assert check.source == f"check({SECOND})"
     assert check.metadata.nbgrader.points == MAX[SECOND]
@@ -240,7 +185,7 @@ def test_feedback_shows_the_card_and_neither_solutions_nor_what_students_printed
     summary, _ = graded
     for student in POINTS:
         page = (summary.feedback / student / LAB / f"{LAB}.html").read_text()
-        assert page.count('<div class="fewer-verdict"') == 2
+        assert page.count('<div class="fewer-verdict ') == 2
         assert "The model answer" not in page
     assert (
         "your code ended the process"
@@ -284,7 +229,7 @@ def test_grading_again_in_two_processes_gives_the_same_and_keeps_what_a_person_e
         answer.needs_manual_grade = False
         gradebook.db.commit()
     assert {s.student: s.points for s in scores(course, LAB)}["perfect"] == BOTH + 3
-    again = grade(course, LAB, jobs=2, walled=WALLED)
+    again = grade(course, LAB, jobs=2, walled=WALLED, again=True)
     assert points_of(again) == {**POINTS, "perfect": BOTH + 3}
     assert again.failed == summary.failed
     by_student = {score.student: score for score in again.scores}
@@ -315,16 +260,13 @@ def test_a_fault_of_the_grader_is_no_zero_and_the_next_submission_gets_a_fresh_p
         assert not zygote.closed
         raise GraderError("the grading process is gone")
 
-    monkeypatch.setattr(courses, "Zygote", FakeZygote)
-    monkeypatch.setattr(courses, "judge_notebook", faulty)
-    again = grade(course, LAB, walled=WALLED)
+    monkeypatch.setattr(remote, "Zygote", FakeZygote)
+    monkeypatch.setattr(submission, "judge_notebook", faulty)
+    again = grade(course, LAB, walled=WALLED, again=True)
     fault = (
         "the grader's own fault: the grading process is gone; the gradebook keeps the earlier grade"
     )
-    assert again.failed == {
-        **dict.fromkeys(POINTS, fault),
-        **summary.failed,
-    }
+    assert again.failed == dict(sorted({**dict.fromkeys(POINTS, fault), **summary.failed}.items()))
     assert {score.student: score for score in again.scores} == before
     assert len(zygotes) == len(POINTS)
     assert all(zygote.closed for zygote in zygotes)
@@ -333,11 +275,12 @@ def test_a_fault_of_the_grader_is_no_zero_and_the_next_submission_gets_a_fresh_p
 def test_points_that_differ_from_the_released_ones_are_a_fault_of_the_grader(course):
     checks = exercises()[FIRST].checks
     notebook = nbformat.read(course / "submitted" / "untouched" / LAB / f"{LAB}.ipynb", 4)
+    second = Verdict(SECOND, [Result(c.name, "", c.points, "todo") for c in find(SECOND).checks])
     verdict = Verdict(FIRST, [Result(c.name, "", c.points, "todo") for c in [*checks, checks[0]]])
     with pytest.raises(GraderFault, match=f"was released with {MAX[FIRST]} points"):
-        oracle_output(cell_of(notebook, f"check_{FIRST}"), {FIRST: verdict})
+        record(notebook, {FIRST: verdict, SECOND: second})
     with pytest.raises(GraderFault, match="no such exercise"):
-        oracle_output(cell_of(notebook, f"check_{FIRST}"), {FIRST: Verdict(FIRST, [])})
+        record(notebook, {FIRST: Verdict(FIRST, []), SECOND: second})
 
 
 def test_what_cannot_be_graded_at_all_says_what_to_do(root, tmp_path):
@@ -357,3 +300,14 @@ def test_what_cannot_be_graded_at_all_says_what_to_do(root, tmp_path):
     hand_in(tmp_path / "a", "x", None)
     with pytest.raises(CourseError, match="release it before grading"):
         grade(tmp_path / "a", LAB, walled=WALLED)
+
+
+def test_a_course_draws_its_seed_once(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = course_seed(tmp_path / "a")
+    assert course_seed(tmp_path / "a") == first
+    assert course_seed(tmp_path / "b") != first
+    (tmp_path / "a" / ".seed").write_text("spring")
+    with pytest.raises(CourseError, match="must hold a whole number"):
+        course_seed(tmp_path / "a")

@@ -19,9 +19,9 @@ import autograder.demo
 from autograder import sandbox
 from autograder.candidate import Local
 from autograder.cli import app
-from autograder.course import grade, scores
 from autograder.demo import SampleStudent, as_cell, expected_points, run_demo, the_twelve
 from autograder.exercise import Exercise, exercises, find
+from autograder.grading import grade, scores
 from autograder.judge import judge
 from autograder.report import read_class, verdicts
 from autograder.verdict import Verdict

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from autograder.battery import battery
 from autograder.candidate import Call, Local
 from autograder.compare import CandidateDied, expect_close, expect_error
-from autograder.exercise import Exercise
+from autograder.exercise import Exercise, exercises
 from autograder.judge import check, diagnose, judge, same
 from autograder.strategies import tensors
 from autograder.verdict import MIME, Verdict
@@ -225,7 +225,7 @@ sys.path.insert(0, {folder!r})
 import torch
 from hypothesis import strategies as st
 from autograder.battery import battery
-from autograder.exercise import Exercise
+from autograder.exercise import Exercise, exercises
 
 def f(n, r, s): return n
 ex = Exercise(f, paper="", difficulty=1, minutes=1)
@@ -347,3 +347,19 @@ def test_an_object_reads_the_same_every_time():
         return (i for i in range(3))
 
     assert verdict_of(wrong).to_json() == verdict_of(wrong).to_json()
+
+
+@pytest.mark.parametrize("explain", [True, False])
+def test_who_refuses_everything_earns_nothing_for_refusing_what_is_wrong(explain):
+    def raises(*args, **kwargs):
+        raise ValueError("no")
+
+    def picky(x, *args, **kwargs):  # wrong, but it tells good input from bad
+        exercises()["sqnr"].reference(x, *args, **kwargs)
+        return 0.0
+
+    for name in ("sqnr", "quantize_symmetric", "top_k_mask", "tree_mask"):
+        assert judge(exercises()[name], Local(raises), explain=explain).points == 0, name
+    refusal = judge(exercises()["sqnr"], Local(picky), explain=explain).results[-1]
+    assert refusal.check == "what_cannot_be_compared_is_refused"
+    assert refusal.status == "passed"

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from autograder import remote, wire
-from autograder.candidate import Call, Local
+from autograder.candidate import Local
 from autograder.compare import CandidateDied, CandidateError, expect, expect_close, expect_error
-from autograder.exercise import Exercise
+from autograder.exercise import Check, Exercise
+from autograder.foresight import Plan, Replay
 from autograder.judge import judge
 from autograder.remote import Child, GraderError, Zygote
 from autograder.strategies import tensors
@@ -91,6 +92,11 @@ def locally(source: str) -> Local:
     return Local(scope["halve"])
 
 
+def numbered(number: int, value: Any) -> bytes:
+    """What a child sends as the answer to the request of this number."""
+    return number.to_bytes(4, "little") + wire.pack(value)
+
+
 def without_addresses(verdict: Verdict) -> str:
     """The verdict as JSON, where an object that is no data is told by its type alone."""
     return re.sub(r"<(an object of type )?(\w+)[^>]*>", r"<\2>", json.dumps(verdict.to_json()))
@@ -131,10 +137,29 @@ def test_a_right_function_is_judged_without_a_single_live_call(child: Child) -> 
     assert candidate.live == 0
 
 
+def asking(*calls: tuple[Any, ...]) -> Plan:
+    """A plan that has these calls, as one set of inputs."""
+
+    def f(*args: Any) -> None: ...
+
+    def asks(candidate: Any) -> None:
+        for args in calls:
+            candidate(*args)
+
+    check = Check("asks", "", 1, "", asks, {}, 1)
+    return Plan(Exercise(f, paper="", difficulty=1, minutes=1, checks=[check]), check, seed=0)
+
+
+def foreseen(child: Child, *calls: tuple[Any, ...]) -> Replay:
+    """``f`` as a candidate, the answers to these calls at hand."""
+    plan, candidate = asking(*calls), child.candidate("f")
+    (answers,) = candidate.foresee(plan)
+    return Replay(plan, plan.parts[0], answers, candidate)
+
+
 def test_an_answer_is_replayed_once_and_then_asked_again(child: Child) -> None:
     run(child, "count = 0\ndef f(x):\n    global count\n    count += 1\n    return count")
-    candidate = child.candidate("f")
-    candidate.foresee([Call((1,), {}), Call((2,), {}), Call((1,), {})])
+    candidate = foreseen(child, (1,), (2,), (1,))
     assert [candidate(2), candidate(1), candidate(1)] == [2, 1, 3]
     assert candidate.live == 0
     assert candidate(1) == 4
@@ -144,8 +169,7 @@ def test_an_answer_is_replayed_once_and_then_asked_again(child: Child) -> None:
 def test_other_arguments_are_other_calls(child: Child) -> None:
     """Equal values in another layout or type must not be answered from memory."""
     run(child, "def f(x):\n    return [str(x.dtype), *x.stride()]")
-    candidate = child.candidate("f")
-    candidate.foresee([Call((torch.zeros(2, 2),), {})])
+    candidate = foreseen(child, (torch.zeros(2, 2),))
     assert candidate(torch.zeros(2, 2).t()) == ["torch.float32", 1, 2]
     assert candidate(torch.zeros(2, 2).half()) == ["torch.float16", 2, 1]
     assert candidate.live == 2
@@ -153,30 +177,41 @@ def test_other_arguments_are_other_calls(child: Child) -> None:
 
 def test_more_calls_than_the_socket_holds_do_not_block(child: Child) -> None:
     run(child, "def f(x):\n    return x")
-    candidate = child.candidate("f")
-    calls = [Call((torch.full((100_000,), i),), {}) for i in range(20)]
-    candidate.foresee(calls)
-    assert all(int(candidate(*call.args)[0]) == i for i, call in enumerate(calls))
+    calls = [(torch.full((100_000,), i),) for i in range(20)]
+    candidate = foreseen(child, *calls)
+    assert all(int(candidate(*args)[0]) == i for i, args in enumerate(calls))
 
 
 def test_an_answer_is_what_it_was_when_it_was_returned(child: Child) -> None:
     run(child, "import torch\nkept = torch.zeros(1)\ndef f():\n    kept.add_(1)\n    return kept")
-    candidate = child.candidate("f")
-    candidate.foresee([Call((), {}), Call((), {})])
+    candidate = foreseen(child, (), ())
     assert [float(candidate()), float(candidate())] == [1.0, 2.0]
+
+
+def test_what_a_zygote_keeps_is_asked_once_and_sent_if_it_is_asked_again() -> None:
+    with Zygote() as zygote:
+        plan = asking((torch.ones(2),), (torch.zeros(3),))
+        for _ in range(2):  # sent to the first child, kept for the second
+            with zygote.child() as child:
+                run(child, "def f(x):\n    return x.add_(1).sum()")
+                for _ in range(2):
+                    (answers,) = child.candidate("f").foresee(plan)
+                    assert [wire.unpack(a.frame)["value"].item() for a in answers] == [4, 3]
+        assert list(zygote.kept) == [plan.key]
 
 
 DEADLY = {
     "import os; os._exit(0)": r"your code ended the process \(exit code 0\)",
     "import os; os._exit(3)": r"ended the process \(exit code 3\)",
-    "import os, signal; os.kill(os.getpid(), signal.SIGKILL)": r"signal 9 \(out of memory\?\)",
+    "import os, signal; os.kill(os.getpid(), signal.SIGKILL)": r"signal 9 \(out of memory, or",
     "import ctypes; ctypes.string_at(0)": r"signal 11",
     "import os; os.abort()": r"signal 6",
     "import os; os.close(3); import time; time.sleep(9)": "closed the connection",
-    "import os; os.write(3, b'x' * 100)": "larger than",
-    "import os; os.write(3, bytes(8))": "malformed",
-    "import os; os.write(3, b'\\x02' + bytes(7) + b'{}')": "malformed",
-    "import os; os.write(3, b'\\x02' + bytes(7) + b'[]')": "no answer",
+    "import os; os.write(3, b'x' * 100)": "to nothing that was asked",
+    "import os; os.write(3, NUMBER + b'x' * 100)": "larger than",
+    "import os; os.write(3, NUMBER + bytes(8))": "malformed",
+    "import os; os.write(3, NUMBER + b'\\x02' + bytes(7) + b'{}')": "malformed",
+    "import os; os.write(3, NUMBER + b'\\x02' + bytes(7) + b'[]')": "no answer",
     "import builtins; vars(builtins).clear()": "ended the process",
     "import os; os.killpg(0, 9)": "signal 9",
 }
@@ -187,9 +222,11 @@ DEADLY = {
 def test_a_process_that_dies_is_told_in_the_students_terms(
     child: Child, deed: str, when: str
 ) -> None:
-    run(child, f"def f(x):\n    {deed}")
+    number = 2 if when == "in a cell" else 3  # a call has one of its own
+    deed_done = deed.replace("NUMBER", repr(numbered(number, None)[:4]))
+    run(child, f"def f(x):\n    {deed_done}")
     with pytest.raises(CandidateDied, match=DEADLY[deed]):
-        run(child, deed) if when == "in a cell" else child.candidate("f")(1)
+        run(child, deed_done) if when == "in a cell" else child.candidate("f")(1)
     assert child.dead
     with pytest.raises(CandidateDied):
         child.run_cell("1", "later")
@@ -198,7 +235,7 @@ def test_a_process_that_dies_is_told_in_the_students_terms(
 def test_the_deadly_call_is_shown(child: Child) -> None:
     run(child, "import os\ndef f(x):\n    return x if x < 3 else os._exit(1)")
     with pytest.raises(CandidateDied, match=r"exit code 1\) \(when called as f\(3\)\)"):
-        child.candidate("f").foresee([Call((i,), {}) for i in range(6)])
+        child.candidate("f").foresee(asking(*[(i,) for i in range(6)]))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +257,91 @@ def test_an_endless_call_is_ended_and_what_stubbornly_ignores_signals_too(zygote
         assert gone(child._pid)
 
 
+def endless(child: Child, source: str, patience: float = 0.3) -> float:
+    """How long it takes until ``f`` is found endless, in seconds of processor time."""
+    run(child, source)
+    before = cpu_seconds(child._pid)
+    with pytest.raises(CandidateDied, match="as long as it should: an endless loop"):
+        list(child.calls("f", [wire.pack(((1,), {}))], patience=patience))
+    assert child.slow  # no second try
+    return cpu_seconds(child.zygote._process.pid, of_children=True) - before
+
+
+def cpu_seconds(pid: int, of_children: bool = False) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    own = 13 if of_children else 11
+    return sum(map(int, fields[own : own + 2])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: pass",
+        "import torch\n    while True: x = torch.as_tensor(x) + 1",
+        "import time, threading\n    while True: threading.Thread(target=int).start()",
+    ],
+)
+def test_a_child_gives_up_what_takes_too_much_processor_time(zygote: Zygote, body: str) -> None:
+    """Long before the grader's clock does, and without being asked twice."""
+    with zygote.child() as child:
+        began = time.monotonic()
+        endless(child, f"def f(x):\n    {body}")
+        assert time.monotonic() - began < 9  # and not the 10 s of the grader's clock
+
+
+def test_a_loop_costs_about_as_much_as_there_is_patience() -> None:
+    with Zygote() as zygote, zygote.child() as child:
+        assert endless(child, "def f(x):\n    while True: pass") < 1.0
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "signal.signal(signal.SIGPROF, signal.SIG_IGN)",
+        "signal.setitimer(signal.ITIMER_PROF, 0)",
+        "sys.setswitchinterval(9999); sum(iter(int, 1))",  # a loop in C
+    ],
+)
+def test_where_code_prevents_that_the_graders_clock_decides(zygote: Zygote, deed: str) -> None:
+    with zygote.child(call_seconds=1) as child:
+        run(child, f"import os, signal, sys\ndef f(x):\n    {deed}\n    while True: pass")
+        with pytest.raises(CandidateDied, match="endless loop"):
+            list(child.calls("f", [wire.pack(((1,), {}))], patience=0.2))
+        assert child.slow
+
+
+def test_waiting_and_importing_take_no_patience(zygote: Zygote, tmp_path: Path) -> None:
+    (tmp_path / "slow_module.py").write_text(
+        "import time\nbegan = time.process_time()\nwhile time.process_time() < began + 0.5: pass"
+    )
+    with zygote.child() as child:
+        run(child, f"import sys, time\nsys.path.insert(0, {str(tmp_path)!r})")
+        run(child, "def f(x):\n    import slow_module\n    time.sleep(0.3)\n    return x")
+        (answer,) = child.calls("f", [wire.pack(((1,), {}))], patience=0.2)
+        assert answer.value == 1
+
+
+def test_each_call_has_its_own_patience(child: Child) -> None:
+    busy = "t = time.process_time()\n    while time.process_time() < t + 0.1: pass"
+    run(child, f"import time\ndef f(x):\n    {busy}\n    return x")
+    answers = child.calls("f", [wire.pack(((i,), {})) for i in range(6)], patience=0.3)
+    assert [answer.value for answer in answers] == list(range(6))
+
+
+def test_an_endless_cell_is_given_up_too(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "CELL_PATIENCE", 0.2)
+    with zygote.child() as child, pytest.raises(CandidateDied, match="s of processor time"):
+        run(child, "while True: pass")
+
+
+def test_an_answer_given_in_advance_is_no_answer_to_the_next_call(child: Child) -> None:
+    """The number would be right, but then the true answer is one too many."""
+    forged = numbered(4, {"value": "forged"})
+    run(child, f"import os\ndef f(x):\n    if x == 1: os.write(3, {forged!r})\n    return x")
+    with pytest.raises(CandidateDied, match="to nothing that was asked"):
+        list(child.calls("f", [wire.pack(((i,), {})) for i in range(3)]))
+
+
 def test_many_slow_calls_are_bounded_together(
     zygote: Zygote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +349,7 @@ def test_many_slow_calls_are_bounded_together(
     with zygote.child() as child:
         run(child, "import time\ndef f(x):\n    time.sleep(0.05)")
         with pytest.raises(CandidateDied, match=r"longer than 0\.3 s in all"):
-            child.candidate("f").foresee([Call((i,), {}) for i in range(100)])
+            child.candidate("f").foresee(asking(*[(i,) for i in range(100)]))
 
 
 def test_a_deadline_ends_whatever_goes_on(zygote: Zygote) -> None:
@@ -276,7 +398,7 @@ def test_many_large_answers_are_bounded_together(
     monkeypatch.setattr(remote, "CHECK_BYTES", 20 << 20)
     run(child, "import torch\ndef f(x):\n    return torch.zeros(1 << 20)")
     with pytest.raises(CandidateDied, match="the answers are larger than 20 MB"):
-        child.candidate("f").foresee([Call((i,), {}) for i in range(100)])
+        child.candidate("f").foresee(asking(*[(i,) for i in range(100)]))
 
 
 def test_a_memory_hog_gets_an_error_or_dies(zygote: Zygote) -> None:
@@ -571,13 +693,58 @@ def test_the_library_cannot_be_handed_in(child: Child) -> None:
     assert child.candidate("another")() == 0
 
 
+def test_what_is_taken_out_of_sight_is_guarded_all_the_same(child: Child) -> None:
+    run(
+        child,
+        "import sys\nimport fewer.quantization as q\nmine = q.mse\ndef f(x): return mine(x, x)",
+    )
+    run(child, "for n in [n for n in sys.modules if n.startswith('fewer')]: del sys.modules[n]")
+    run(child, "from fewer.quantization import mse as again\ndef g(x): return again(x, x)")
+    x = torch.ones(2)
+    for name in ("f", "g"):
+        assert child.candidate(name)(x) == 0
+    child.guard("mse")
+    for name in ("f", "g"):
+        with pytest.raises(CandidateError, match="library's mse"):
+            child.candidate(name)(x)
+    child.guard(None)
+    for name in ("f", "g"):
+        assert child.candidate(name)(x) == 0
+
+
+def test_what_is_printed_is_put_into_words_where_somebody_reads_it(child: Child) -> None:
+    run(
+        child,
+        """
+        import contextlib, io, sys
+        class Shown:
+            count = 0
+            def __str__(self):
+                Shown.count += 1
+                return "shown"
+        def f():
+            print(Shown(), 1, sep="-")
+            print(Shown(), file=sys.stderr, end="", flush=True)
+            text = io.StringIO()
+            print(Shown(), 2, sep="-", file=text)
+            with contextlib.redirect_stdout(text):
+                print(Shown())
+            return text.getvalue(), Shown.count
+        """,
+    )
+    assert child.candidate("f")() == ("shown-2\nshown\n", 2)
+    with pytest.raises(CandidateError, match="TypeError"):
+        run(child, "print(1, colour='red')")
+
+
 def test_every_kind_of_function_can_be_guarded_and_restored_without_any_check_at_hand() -> None:
     """In a process of its own, for the guard swaps code of functions in place."""
     program = """
     import functools, inspect, sys, types
     from autograder.child import Server
     ours = {name for name in sys.modules if name.startswith("autograder.")}
-    alone = {"autograder." + n for n in ("child", "wire", "candidate", "compare", "sandbox")}
+    names = "child wire candidate compare sandbox landlock".split()
+    alone = {f"autograder.{name}" for name in names}
     assert ours == alone, ours
     assert "hypothesis" not in sys.modules
     module = sys.modules["fewer.fake"] = types.ModuleType("fewer.fake")
@@ -617,6 +784,76 @@ def test_every_kind_of_function_can_be_guarded_and_restored_without_any_check_at
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
 
 
+JUDGED = {  # what a function does to halve x: its points of 4, and a word of what it is told
+    "a NaN": ("y = x / 2; y[..., 0] = float('nan'); return y", 1, "off by up to inf"),
+    "an infinity": ("return x / 0 * 0.5 + float('inf')", 1, "off by up to"),
+    "another dtype": ("return (x / 2).double()", 4, ""),
+    "another shape": ("return (x / 2)[None]", 2, "has shape"),
+    "another form": ("return [x / 2, x]", 1, "is a list (a tensor, a tensor), expected a tensor"),
+    "a parameter": ("return torch.nn.Parameter(x / 2)", 4, ""),
+    "a subclass": ("return (x / 2).as_subclass(Liar)", 4, ""),
+    "a subclass that lies": ("return x.as_subclass(Liar)", 2, "off by"),
+    "sparse": ("return (x / 2).to_sparse()", 1, "object of type tensor that is sparse"),
+    "on no device": ("return (x / 2).to('meta')", 1, "tensor that is on the meta device"),
+    "a generator": ("return (v / 2 for v in x)", 1, "an object of type generator"),
+    "something lazy": ("return Lazy(x)", 1, "an object of type Lazy"),
+    "a view of one buffer": ("return aliased(x)", 4, ""),
+    "in place": ("return x.div_(2)", 4, ""),
+    "a view of the input": ("x /= 2; return x[:]", 4, ""),
+    "requires grad": ("return x.clone().requires_grad_() / 2", 4, ""),
+    "changed afterwards": ("y = x / 2; later(y); return y", 4, ""),
+}
+
+
+@pytest.mark.parametrize("what", JUDGED)
+def test_whatever_a_function_returns_is_judged_as_it_was_when_it_returned(
+    child: Child, what: str
+) -> None:
+    body, points, words = JUDGED[what]
+    run(
+        child,
+        """
+        import threading, time, torch
+
+        class Liar(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, f, types, args=(), kwargs=None): return True
+
+        class Lazy:
+            def __init__(self, x): self.x = x
+            def __float__(self): return self.x / 2
+
+        buffer = torch.zeros(1000)
+
+        def aliased(x):
+            buffer.fill_(99)
+            buffer[: x.numel()] = x.flatten() / 2
+            return buffer[: x.numel()].reshape(x.shape)
+
+        returned = []
+        later = returned.append
+
+        def spoil():
+            while True:
+                time.sleep(0.1)
+                for y in list(returned):
+                    y.fill_(99)
+
+        threading.Thread(target=spoil, daemon=True).start()
+        """,
+        "1",
+    )
+    refuse = "    if x.numel() == 0:\n        raise ValueError\n"
+    run(child, f"def halve(x):\n{refuse}    {body}")
+    verdict = judge(EXERCISE, child.candidate("halve"))
+    assert verdict.points == points
+    if words:
+        worst = verdict.first_failure
+        assert worst is not None
+        assert worst.failure is not None
+        assert words in worst.failure.message
+
+
 def test_a_cell_of_many_megabytes_is_an_error(child: Child) -> None:
     with pytest.raises(CandidateError, match="the cell is larger than 2 MB"):
         child.run_cell("#" * (3 << 20), "1")
@@ -624,7 +861,7 @@ def test_a_cell_of_many_megabytes_is_an_error(child: Child) -> None:
 
 def test_unasked_words_are_noticed_before_the_next_request(child: Child) -> None:
     assert child.idle()
-    forged = wire.pack({"value": 1})
+    forged = numbered(3, {"value": 1})
     run(child, f"import os\ndef f():\n    os.write(3, {forged!r})\n    return 2")
     assert child.candidate("f")() == 1  # its own answer, only sooner
     until = time.monotonic() + 10
@@ -660,13 +897,13 @@ def test_a_death_between_two_requests_is_noticed(child: Child) -> None:
     ids=repr,
 )
 def test_an_answer_of_another_form_is_no_answer(child: Child, answer: Any) -> None:
-    frame = wire.pack(answer)
+    frame = numbered(1, answer)
     with pytest.raises(CandidateDied, match="no answer"):
         run(child, f"import os\nos.write(3, {frame!r})\nimport time\ntime.sleep(5)")
 
 
 def test_endless_words_in_an_error_are_cut(child: Child) -> None:
-    frame = wire.pack({"error": (["E" * 9999] * 99, "m" * 9999, "t" * 9999)})
+    frame = numbered(1, {"error": (["E" * 9999] * 99, "m" * 9999, "t" * 9999)})
     with pytest.raises(CandidateError) as caught:
         run(child, f"import os\nos.write(3, {frame!r})\nimport time\ntime.sleep(5)")
     assert len(caught.value.kinds) == 20
@@ -683,7 +920,7 @@ class TestAZygoteOfItsOwn:
                 run(child, "import os, time\ndef f():\n    os.kill(os.getppid(), 9); time.sleep(9)")
                 pid = child._pid
                 with pytest.raises(GraderError, match="the grading process is gone"):
-                    child.candidate("f").foresee([Call((), {})] * 2)
+                    child.candidate("f").foresee(asking((), ()))
             with pytest.raises(GraderError):
                 zygote.child()
             until = time.monotonic() + 5

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from autograder.course import CONFIG, CourseError
 from autograder.report import (
+    LARGE,
     Adjustment,
     ClassReport,
     Student,
@@ -60,14 +62,19 @@ def student(name: str, *found: Verdict, by_hand: float = 0.0) -> Student:
 def a_class(seed: int, size: int = 12) -> ClassReport:
     rng = random.Random(seed)
     students = []
+    worth = {"fold": 3.0, "spin": 2.0, "essay": 4.0}
     for i in range(size):
         found = []
         for exercise, checks in CHECKS.items():
             statuses = rng.choices(["passed", "failed", "todo"], k=len(checks))
             found.append(verdict(exercise, *statuses, mistake=rng.choice(["", "it upside down"])))
-        students.append(student(f"S{i}", *found, by_hand=rng.choice([0, 0.5, 3])))
+        essay = rng.choice([0, 0.5, 3])
+        marks = {v.exercise: float(v.points) for v in found}
+        if rng.random() < 0.8:  # of the others, a person has yet to read it
+            marks["essay"] = essay
+        students.append(replace(student(f"S{i}", *found, by_hand=essay), marks=marks))
     students.append(Student("absent", "Absent", None, 9.0))
-    return ClassReport("lab1", "Lab 1", students, 9.0, ["fewer 0.1.0, seed 3"])
+    return ClassReport("lab1", "Lab 1", students, 9.0, ["fewer 0.1.0, seed 3"], worth=worth)
 
 
 class Page(HTMLParser):
@@ -86,7 +93,8 @@ class Page(HTMLParser):
         self.attributes += [(name, value or "") for name, value in attrs]
 
     def handle_data(self, data: str) -> None:
-        self._words += data.split()
+        if self.cdata_elem != "style":
+            self._words += data.split()
 
     def all(self, name: str) -> list[str]:
         return [value for key, value in self.attributes if key == name]
@@ -174,6 +182,79 @@ def test_a_student_counts_once_for_a_misconception_however_many_checks_show_it()
     assert mistakes[0].says == "You did squint."
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_exercise_statistics_are_those_of_the_points_that_count(seed: int) -> None:
+    report = a_class(seed, size=40)
+    assert [item.name for item in report.by_item] == ["fold", "spin", "essay"]
+    for item in report.by_item:
+        those = [s.marks for s in report.students if item.name in s.marks]
+        own = np.array([marks[item.name] for marks in those])
+        rest = np.array([sum(v for k, v in marks.items() if k != item.name) for marks in those])
+        assert (item.count, item.mean) == (len(own), pytest.approx(own.mean()))
+        assert item.median == np.median(own)
+        assert item.full == pytest.approx((own >= item.possible).mean())
+        assert item.zero == pytest.approx((own == 0).mean())
+        assert item.discrimination == pytest.approx(np.corrcoef(own, rest)[0, 1])
+
+
+def test_an_exercise_that_tells_students_apart_is_told_from_one_that_does_not() -> None:
+    marks = [{"good": float(i), "odd": -i % 7.0, "rest": 3.0 * i} for i in range(40)]
+    students = [Student(f"{i}", f"{i}", 1, 9, marks=m) for i, m in enumerate(marks)]
+    good, odd, _ = ClassReport(
+        "lab", "Lab", students, 9.0, worth={"good": 39, "odd": 6, "rest": 120}
+    ).by_item
+    assert good.discrimination is not None
+    assert odd.discrimination is not None
+    assert good.discrimination > 0.9
+    assert abs(odd.discrimination) < 0.2
+
+
+def test_where_all_have_the_same_points_there_is_no_correlation() -> None:
+    students = [Student(f"{i}", f"{i}", 3, 9, marks={"fold": 3, "essay": i}) for i in range(5)]
+    report = ClassReport("lab", "Lab", students, 9.0, worth={"fold": 3, "essay": 4, "none": 2})
+    assert [item.discrimination for item in report.by_item] == [None] * 3
+    text = Page(render(report)).text
+    assert "fold 3 of 3 3 100 % 0 % –" in text
+    assert "none waits for a person, of 2" in text
+
+
+def test_notices_are_told_once_with_everybody_they_are_about() -> None:
+    some = [student(name, verdict("fold", "passed", "passed", "passed")) for name in "ABC"]
+    a, b, c = some
+    a.notices.extend(["was edited", "was edited"])
+    b.notices.extend(["came twice", "was edited"])
+    report = ClassReport("lab", "Lab", [a, b, c], 9.0)
+    assert report.notices == [("was edited", [a, b]), ("came twice", [b])]
+    text = Page(render(report)).text
+    assert "Worth a look" in text
+    assert "was edited 2 students: A , B came twice B" in text
+    assert "Worth a look" not in Page(render(ClassReport("lab", "Lab", [c], 9.0))).text
+
+
+def test_hidden_checks_are_marked() -> None:
+    seen = verdict("spin", "passed", "failed")
+    unseen = replace(seen, results=[seen.results[0], replace(seen.results[1], hidden=True)])
+    text = Page(render(ClassReport("lab", "Lab", [student("Ada", unseen)], 9.0))).text
+    assert "returns hidden" in text
+    assert " turns hidden" not in text
+
+
+@pytest.mark.parametrize("size", [LARGE - 1, LARGE + 1])
+def test_the_page_of_a_large_class_names_what_failed_without_the_cards(size: int) -> None:
+    report = a_class(0, size=size - 1)
+    page = Page(render(report))
+    cards = [value for value in page.all("class") if "fewer-verdict" in value]
+    assert bool(cards) == (size <= LARGE)
+    assert len([place for place in page.all("id") if place.startswith("student-")]) == size
+    for s in report.students:
+        assert f"{s.name} {s.id}" in page.text
+
+
+def test_a_student_more_makes_the_page_of_a_large_class_little_longer() -> None:
+    small, large = (len(render(a_class(0, size=size))) for size in (2 * LARGE, 4 * LARGE))
+    assert (large - small) / (2 * LARGE) < 3_000
+
+
 def test_the_page_shows_the_numbers() -> None:
     report = ClassReport(
         "lab1",
@@ -192,7 +273,7 @@ def test_the_page_shows_the_numbers() -> None:
     assert "Not handed in: Cleo" in text
     assert "median 2 " in text
     assert "zero stays 1 of 2" in text
-    assert "You did squint. fold · Ben" in text
+    assert "1 50 % You did squint. fold · Ben" in text
     assert "Graded with fewer 0.1.0, seed 3." in text
     assert "ran without a sandbox" in text
     assert "ran in a sandbox" in Page(render(replace(report, walled=True))).text
@@ -247,15 +328,23 @@ def test_possible_points_of_zero_do_not_break_the_histogram() -> None:
 # --- nothing acts, nothing is fetched ------------------------------------------------------------
 
 
-def hostile_class() -> ClassReport:
+def hostile_class(size: int = 12) -> ClassReport:
     bad = verdict("fold", "failed", "failed", "failed", mistake=ATTACK, text=ATTACK)
     evil = Student(ATTACK, ATTACK, 1.0, 9.0, {"fold": bad}, [Adjustment(ATTACK, 1.0, ATTACK)])
     absent = Student("\u202eevil " + ATTACK, ATTACK, None, 9.0)
-    return ClassReport(ATTACK, ATTACK, [evil, absent, *a_class(1).students], 9.0, [ATTACK])
+    evil.notices.append(ATTACK)
+    evil.marks.update({"fold": 1.0, ATTACK: 1.0})
+    worth = {"fold": 3.0, ATTACK: 2.0}
+    students = [evil, absent, *a_class(1, size).students]
+    return ClassReport(ATTACK, ATTACK, students, 9.0, [ATTACK], worth=worth)
 
 
-def test_whatever_a_student_wrote_or_is_called_is_shown_and_never_acts() -> None:
-    harmless, hostile = Page(render(a_class(1))), Page(render(hostile_class()))
+@pytest.mark.parametrize("size", [12, 2 * LARGE], ids=["small", "large"])
+def test_whatever_a_student_wrote_or_is_called_is_shown_and_never_acts(size: int) -> None:
+    normal = a_class(1, size)
+    normal.students[0].notices.append("harmless")
+    normal.students[0].adjustments.append(Adjustment("remark", 1.0, "harmless"))
+    harmless, hostile = Page(render(normal)), Page(render(hostile_class(size)))
     assert hostile.tags.keys() == harmless.tags.keys()
     assert not {"script", "img", "iframe", "link", "object"} & hostile.tags.keys()
     assert {name for name, _ in hostile.attributes} == {name for name, _ in harmless.attributes}
@@ -324,13 +413,14 @@ def course(tmp_path: Path) -> Path:
         path = tmp_path / "autograded" / name / "lab1" / "lab1.ipynb"
         path.parent.mkdir(parents=True)
         nb = new_notebook(cells=[cell("check_fold", data=found.to_json())])
-        nb.metadata["fewer"] = {"version": "0.1.0", "seed": 3}
+        nb.metadata["fewer"] = {"version": "0.1.0", "seed": 3, "notices": [f"odd: {name}"]}
         nbformat.write(nb, path)
     released = tmp_path / "release" / "lab1" / "lab1.ipynb"
     released.parent.mkdir(parents=True)
     heading = new_markdown_cell("# Lab 1. Folding\n\nThe story.")
     nbformat.write(new_notebook(cells=[heading]), released)
     (tmp_path / "submitted" / "cleo" / "lab1").mkdir(parents=True)
+    (tmp_path / "nbgrader_config.py").write_text(CONFIG, "utf-8")
     with sqlite3.connect(tmp_path / "gradebook.db") as database:
         database.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")  # saves 5 s
     with warnings.catch_warnings(), Gradebook(f"sqlite:///{tmp_path / 'gradebook.db'}") as book:
@@ -377,6 +467,10 @@ def test_points_come_from_the_gradebook_with_manual_grades_and_late_penalty(cour
         ("late penalty", -2.0, "3.0 hours after the due date"),
     }
     assert not ada.waiting
+    assert ada.marks == {"fold": 3, "essay": 3.5}
+    assert ben.marks == {"fold": 0}
+    assert report.worth == {"fold": 3, "essay": 4}
+    assert report.notices == [("odd: ada", [ada]), ("odd: ben", [ben])]
     assert (ben.score, ben.waiting, report.waiting) == (0, True, 1)
     assert (cleo.score, cleo.ungraded) == (None, True)
     assert (dan.score, dan.ungraded) == (None, False)
@@ -396,5 +490,30 @@ def test_a_wrong_course_or_assignment_is_named_with_what_would_be_right(
 ) -> None:
     with pytest.raises(ValueError, match=r"one of the gradebook's \(lab1\), got 'lab9'"):
         read_class(course, "lab9")
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(CourseError, match="is no course folder"):
+        read_class(empty, "lab1")
+    (empty / "nbgrader_config.py").write_text(CONFIG, "utf-8")
     with pytest.raises(FileNotFoundError, match=r"a folder with a gradebook\.db"):
-        read_class(tmp_path_factory.mktemp("empty"), "lab1")
+        read_class(empty, "lab1")
+    assert not (empty / "gradebook.db").exists()
+    with (empty / "nbgrader_config.py").open("a") as config:
+        config.write(f"c.CourseDirectory.db_url = 'sqlite:///{__file__}'\n")
+    with pytest.raises(CourseError, match="the gradebook cannot be opened"):
+        read_class(empty, "lab1")
+
+
+def test_gradebook_and_folders_are_where_the_configuration_says(course: Path) -> None:
+    before = read_class(course, "lab1")
+    (course / "gradebook.db").rename(course / "elsewhere.sqlite")
+    (course / "autograded").rename(course / "graded")
+    with (course / "nbgrader_config.py").open("a") as config:
+        config.write(f"c.CourseDirectory.db_url = 'sqlite:///{course / 'elsewhere.sqlite'}'\n")
+        config.write("c.CourseDirectory.autograded_directory = 'graded'\n")
+    assert read_class(course, "lab1") == before
+
+
+def test_a_broken_notebook_costs_nobody_the_report(course: Path) -> None:
+    for name, data in (("a", b"{"), ("b", b"[]"), ("c", b"\xff")):
+        (course / "autograded" / "ada" / "lab1" / f"{name}.ipynb").write_bytes(data)
+    assert read_class(course, "lab1").students[0].score == 4.5

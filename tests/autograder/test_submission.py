@@ -155,10 +155,10 @@ LOST = {
     "error above": ("y = 1 / 0\n" + RIGHT["halve"], "ZeroDivisionError: division by zero"),
     "exit": ("import os; os._exit(0)\n", "your code ended the process (exit code 0)"),
     "sys.exit": ("import sys; sys.exit()\n", "SystemExit"),
-    "kill": ("import os; os.kill(os.getpid(), 9)", "killed by signal 9 (out of memory?)"),
+    "kill": ("import os; os.kill(os.getpid(), 9)", "killed by signal 9 (out of memory, or"),
     "loop": ("while True:\n    pass", "took longer than 1 s: an endless loop?"),
     "deadly call": ("import os\ndef halve(x):\n    os._exit(5)", "exit code 5) (when called as"),
-    "endless call": ("def halve(x):\n    while True:\n        pass", "took longer than 1 s"),
+    "endless call": ("def halve(x):\n    while True:\n        pass", "an endless loop? (when"),
     "late death": (
         "import os\ndef halve(x):\n    return x / 2 if x.numel() else os._exit(0)",
         "exit code 0) (when called as halve(tensor([])))",
@@ -171,7 +171,7 @@ LOST = {
     "renamed": ("def half(x):\n    return x / 2", "no function is called halve"),
     "no callable": ("halve = 0.5", "halve is no function, but an object of type float"),
     "deleted": (RIGHT["halve"] + "\ndel halve", "no function is called halve"),
-    "garbage": ("import os; os.write(3, b'garbage!' * 9)", "the answer is larger than"),
+    "garbage": ("import os; os.write(3, b'garbage!' * 9)", "the answer is to nothing that was asked"),
 }
 
 

@@ -93,10 +93,27 @@ def test_the_layout_is_kept(x: Tensor) -> None:
     assert y.is_contiguous() if x.is_contiguous() else y.stride() == x.stride()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (0,), (2, 0), (3, 1)], ids=str)
+def test_the_smallest_tensors_arrive_whatever_their_strides(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    for layout in ("contiguous", "transposed", "strided"):
+        x = arrange(torch.zeros(shape).to(dtype), layout)
+        assert identical(unpack(pack(x)), x)
+
+
+def test_equal_values_are_equal_frames() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    assert pack((x, {"a": 1.5})) == pack((x.clone(), {"a": 1.5}))
+    for other in (x.double(), x.t(), x.reshape(3, 2), x + 1, x.requires_grad_()):
+        assert pack((other, {"a": 1.5})) != pack((x.detach(), {"a": 1.5}))
+
+
 def test_every_common_element_type_travels() -> None:
     common = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 complex64 bool uint8 int8"
     names = [*common.split(), "int16", "int32", "int64", "uint16", "uint32", "uint64"]
-    assert {getattr(torch, name) for name in names} <= wire._travelling()
+    assert {getattr(torch, name) for name in names} <= wire._travelling().keys()
 
 
 def test_an_input_that_wants_a_gradient_still_does() -> None:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from autograder.course import create_course, grade, release
+from autograder.course import create_course, release
 from autograder.demo import as_cell
 from autograder.exercise import find
+from autograder.grading import grade
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
