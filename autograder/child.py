@@ -79,6 +79,7 @@ def main(fd: int, walled: bool) -> None:
     hide_the_grader()
     library = Library()
     Server(None, 0, Shared(library=library))  # what that loads is loaded once, and here
+    wire.unpack(wire.pack(torch.zeros(1)))
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page it looks at
     control = socket.socket(fileno=fd)
@@ -99,6 +100,7 @@ def main(fd: int, walled: bool) -> None:
             request = wire.unpack(wire.receive(control))
             if request["do"] == "fork":
                 at = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the child
+                library.look()
                 pid = fork(control, request, Shared(at, kept, library), children.values())
                 children[pid] = at
                 wire.send(control, wire.pack(pid))
@@ -251,14 +253,11 @@ class Library:
 
     def __init__(self) -> None:
         self.modules: list[tuple[str, types.ModuleType]] = []
-        self._count = 0
-        self._look()
+        self._count = 0  # of all modules, when they were looked at
 
     def functions(self, name: str) -> Iterator[types.FunctionType]:
         """Every function called ``name``, the wrapped ones inside of others included."""
-        known = sys.modules
-        if len(known) != self._count or any(known.get(p) is not m for p, m in self.modules):
-            self._look()
+        self.look()
         seen: set[int] = set()
         for _, module in self.modules:
             layer = vars(module).get(name)
@@ -272,12 +271,16 @@ class Library:
                     layer.cache_clear()
                 layer = getattr(layer, "__wrapped__", None)
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Take note of modules that are new."""
+        known = sys.modules
+        if len(known) == self._count and all(known.get(p) is m for p, m in self.modules):
+            return
         here = {id(module) for _, module in self.modules}
-        for path, module in list(sys.modules.items()):
+        for path, module in list(known.items()):
             if path.split(".")[0] == "fewer" and id(module) not in here:
                 self.modules.append((path, module))
-        self._count = len(sys.modules)
+        self._count = len(known)
 
 
 @dataclass
@@ -492,6 +495,7 @@ def hush() -> None:
     builtins.print = print
 
 
+@functools.cache
 def refusal(name: str, free: int) -> types.CodeType:
     """Code that raises, with as many free variables as the code that it stands in for."""
     cells = [f"_{i}" for i in range(free)]

@@ -66,18 +66,15 @@ class Part:
     """The foreseen calls on one set of inputs.
 
     Attributes:
-        start: number of its first call among those of the plan.
+        start, end: numbers of its first call among those of the plan, and of the next one's.
         models: what the reference answers, an exception as CandidateError.
     """
 
     drawn: Drawn
     start: int
+    end: int
     calls: list[Call]
     models: list[Any]
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.calls)
 
 
 class Plan:
@@ -96,7 +93,8 @@ class Plan:
             judged = Judged(reference, self.exercise.reference)
             self.check.property(judged, **fresh(drawn))
             models = [call.value if call.error is None else call.error for call in judged.calls]
-            parts.append(Part(drawn, parts[-1].end if parts else 0, judged.calls, models))
+            start = parts[-1].end if parts else 0
+            parts.append(Part(drawn, start, start + len(models), judged.calls, models))
         return parts
 
     @functools.cached_property
@@ -122,8 +120,11 @@ class Plan:
 
     def refuses(self, number: int) -> bool:
         """Whether all that is right on one set of inputs is an exception."""
-        part = self.parts[number]
-        return all(self.kinds[part.start : part.end])
+        return self._refuses[number]
+
+    @functools.cached_property
+    def _refuses(self) -> list[bool]:
+        return [all(self.kinds[part.start : part.end]) for part in self.parts]
 
     @property
     def patience(self) -> float:

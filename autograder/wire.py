@@ -152,25 +152,23 @@ class Stream:
         Raises:
             what `receive` raises.
         """
-        begun = False
-        try:
+        if not self.pending():
             self._fill(1, until)
-            begun = True
-            self._fill(NUMBERED.size, until)
+        try:
+            if len(self._read) - self._taken < NUMBERED.size:
+                self._fill(NUMBERED.size, until)
             number, n_text, n_blob = NUMBERED.unpack_from(self._read, self._taken)
             if expected is not None and number != expected:
                 raise WireError("to nothing that was asked")
             size = NUMBERED.size + _believable(n_text, n_blob)
-            self._fill(size, until)
+            if len(self._read) - self._taken < size:
+                self._fill(size, until)
         except EOFError:
-            if begun:
-                raise WireError("cut off") from None
-            raise
-        end = self._taken + size
+            raise WireError("cut off") from None
+        begin = self._taken + NUMBERED.size - LENGTHS.size
+        self._taken += size
         with memoryview(self._read) as view:
-            frame = bytes(view[self._taken + NUMBERED.size - LENGTHS.size : end])
-        self._taken = end
-        return number, frame
+            return number, bytes(view[begin : self._taken])
 
     def pending(self) -> bool:
         """Whether more was read than was handed out."""
