@@ -102,7 +102,7 @@ ATTACKS = (
                     if found := glob.glob(f"{home}/{name}"): brag(found)
             for path in ("/etc/shadow", "/etc/passwd", "/var", "/dev/mem", "/dev/sda", "/dev/vda"):
                 if os.path.exists(path): brag(path)
-            for path in ("/proc/kcore", "/proc/kmsg", "/proc/1/root/etc/passwd"):
+            for path in ("/proc/kcore", "/proc/kmsg", os.path.join("/proc/1/root", "etc/passwd")):
                 if readable(path): brag(path)
         """),
     ),

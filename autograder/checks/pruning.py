@@ -1713,7 +1713,8 @@ def first_place_in_the_highest_bits(w):
 )
 def larger_value_first(w):
     return _packed(
-        _fours(w), lambda groups: groups.abs().argsort(-1, descending=True, stable=True)[..., :2]
+        _fours(w),
+        lambda groups: groups.abs().argsort(dim=-1, descending=True, stable=True)[..., :2],
     )
 
 

@@ -20,7 +20,7 @@ from autograder.exercise import exercises
 from autograder.grading import grade
 
 ROOT = Path(__file__).parents[2]
-HOW_MANY = int(os.environ.get("FEWER_NOISY", "10"))
+HOW_MANY = int(os.environ.get("FEWER_NOISY", "6"))
 BEFORE = (
     "import warnings\nwarnings.warn('deprecated since the last ice age')",
     "import sys\nprint('to stderr', file=sys.stderr)\nprint('x' * 5000)",

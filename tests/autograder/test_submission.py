@@ -171,7 +171,10 @@ LOST = {
     "renamed": ("def half(x):\n    return x / 2", "no function is called halve"),
     "no callable": ("halve = 0.5", "halve is no function, but an object of type float"),
     "deleted": (RIGHT["halve"] + "\ndel halve", "no function is called halve"),
-    "garbage": ("import os; os.write(3, b'garbage!' * 9)", "the answer is to nothing that was asked"),
+    "garbage": (
+        "import os; os.write(3, b'garbage!' * 9)",
+        "the answer is to nothing that was asked",
+    ),
 }
 
 
