@@ -64,6 +64,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from traitlets.config import Config
 
 from autograder.exercise import Exercise, exercises
+from autograder.verdict import GRADE_ID
 
 CODE_STUB = "# Your code here\nraise NotImplementedError"
 TEXT_STUB = "*Your answer here*"
@@ -324,7 +325,7 @@ def _solution_cell(exercise: Exercise) -> NotebookNode:
 
 
 def _grade_cell(exercise: Exercise) -> NotebookNode:
-    grade_id = f"check_{exercise.name}"
+    grade_id = f"{GRADE_ID}{exercise.name}"
     metadata = nbgrader_metadata(grade_id, grade=True, locked=True, points=exercise.points)
     return new_code_cell(f"check({exercise.name})", id=grade_id[:64], metadata=metadata)
 
@@ -333,7 +334,7 @@ def _written_cells(cell: NotebookNode) -> list[NotebookNode]:
     name, points = cell.metadata.get("id"), cell.metadata.get("points")
     if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z]\w{0,40}", name)):
         raise LabError(f"a written question needs an id of letters, digits and _, got {name!r}")
-    if name in exercises() or name.startswith(("check_", "about_", "cell_", "question_")):
+    if name in exercises() or name.startswith((GRADE_ID, "about_", "cell_", "question_")):
         raise LabError(f"a written question cannot be called {name!r}: the name is taken")
     if not isinstance(points, int) or points < 1:
         raise LabError(f"a written question needs points, a whole number, got {points!r}")

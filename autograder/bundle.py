@@ -37,6 +37,7 @@ import autograder
 import fewer
 from autograder.build import Lab, labs
 from autograder.exercise import exercises
+from autograder.verdict import GRADE_ID
 
 COMMANDS = "autograder/cli.py"
 LABS = "autograder/material"  # where `autograder.cli.root` finds the labs of an installed package
@@ -84,7 +85,7 @@ def instructions(released: Path, title: str, wheel: str) -> str:
     cells = nbformat.read(released, as_version=4).cells
     about = [cell.metadata.get("nbgrader", {}) for cell in cells]
     graded = [entry for entry in about if entry.get("grade")]
-    names = [entry["grade_id"].removeprefix("check_") for entry in graded]
+    names = [entry["grade_id"].removeprefix(GRADE_ID) for entry in graded]
     checks = [check for n in names if n in exercises() for check in exercises()[n].checks]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("autograder"),

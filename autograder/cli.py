@@ -722,9 +722,11 @@ def _read(path: Path) -> NotebookNode:
 
 def _checked(nb: NotebookNode) -> list[str]:
     """Names of the exercises with a check cell, in the notebook's order."""
+    from autograder.verdict import GRADE_ID
+
     cells = [cell.metadata.get("nbgrader", {}) for cell in nb.cells]
     ids = [str(cell.get("grade_id", "")) for cell in cells if cell.get("grade")]
-    return [name.removeprefix("check_") for name in ids if name.startswith("check_")]
+    return [name.removeprefix(GRADE_ID) for name in ids if name.startswith(GRADE_ID)]
 
 
 def _table(*columns: str) -> Table:

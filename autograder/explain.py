@@ -9,9 +9,7 @@ from autograder import worker
 from autograder.course import CourseError, open_course
 from autograder.grading import Folders, handed_out, load, open_book, require_walls
 from autograder.intake import Unusable, pick, read
-from autograder.report import verdicts
-from autograder.submission import GRADE_ID
-from autograder.verdict import Verdict
+from autograder.verdict import GRADE_ID, Verdict, verdicts
 from autograder.worker import Order, course_version
 
 
@@ -47,7 +45,8 @@ def explain(
     with open_course(course) as app, open_book(app, assignment) as book:
         released = handed_out(app, book, assignment)
         folders = Folders(app, assignment)
-        folder = Path(app.coursedir.format_path("submitted", student, assignment))
+        where = app.coursedir
+        folder = Path(where.format_path(where.submitted_directory, student, assignment))
         if not folder.is_dir():
             there = ", ".join(sorted(book.names())[:10])
             raise CourseError(f"{student!r} handed in nothing in {assignment}; there are: {there}")

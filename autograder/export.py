@@ -28,6 +28,7 @@ from pathlib import Path
 from autograder.course import open_course
 from autograder.gradebook import Score
 from autograder.grading import open_book
+from autograder.verdict import GRADE_ID
 
 FORMATS = ("csv", "canvas", "moodle")
 CANVAS = ("Student", "ID", "SIS User ID", "SIS Login ID", "Section")
@@ -134,7 +135,7 @@ def plain(pupils: Sequence[Pupil], possible: float) -> Export:
     scores = [pupil.score for pupil in pupils if pupil.score]
     cells = list(dict.fromkeys(name for score in scores for name in score.cells))
     head = ["student", "last name", "first name", "e-mail", "points", "possible", "late penalty"]
-    rows = [[*head, *(name.removeprefix("check_") for name in cells)]]
+    rows = [[*head, *(name.removeprefix(GRADE_ID) for name in cells)]]
     for p in pupils:
         row = [harmless(text) for text in (p.id, p.last, p.first, p.email)]
         if p.score:
@@ -265,7 +266,7 @@ def moodle(
 def _comment(assignment: str, score: Score) -> str:
     """Where the points come from, in one line. It begins so that a later export may replace it."""
     parts = [
-        f"{name.removeprefix('check_')} {number(cell.points)}/{number(cell.possible)}"
+        f"{name.removeprefix(GRADE_ID)} {number(cell.points)}/{number(cell.possible)}"
         for name, cell in score.cells.items()
     ]
     late = f"; late penalty {number(score.late_penalty)}" if score.late_penalty else ""

@@ -22,8 +22,8 @@ from markupsafe import Markup
 from nbformat import NotebookNode
 from nbgrader import utils
 
-from autograder.report import environment, verdicts
-from autograder.verdict import Verdict
+from autograder.report import environment
+from autograder.verdict import GRADE_ID, Verdict, verdicts
 
 if TYPE_CHECKING:
     from autograder.gradebook import Score
@@ -145,7 +145,7 @@ def _sections(notebook: NotebookNode, score: Score, executed: bool) -> list[Sect
         if _is_graded(cell):
             number += 1
             about = cell.metadata.nbgrader
-            exercise = about.grade_id.removeprefix("check_")
+            exercise = about.grade_id.removeprefix(GRADE_ID)
             verdict = None if about.get("solution") else found.get(exercise)
             work = sources.get(exercise, "") if verdict else cell.source
             sections[-1].parts.append(
@@ -170,7 +170,7 @@ def _part(
     question: str,
 ) -> Part:
     about = cell.metadata.nbgrader
-    name = about.grade_id.removeprefix("check_") if verdict else about.grade_id
+    name = about.grade_id.removeprefix(GRADE_ID) if verdict else about.grade_id
     entry = score.cells.get(about.grade_id)
     automatic = float(verdict.points) if verdict else None
     own = verdict is None and utils.is_solution(cell)

@@ -240,45 +240,38 @@ class _Run:
             self._copies[first].append(job)
             return []
         judged = first != student and (not self.again or first in self._entered)
-        if judged and (graded := self._graded_like(first, job)) is not None:
-            self._enter(job, graded)
-            return [student]
+        if judged:
+            self._flush()
+            if (graded := self._graded(first, job)) is not None:
+                self._enter(job, graded)
+                return [student]
         self._submit(job)
         return []
 
     def _has_its_grade(self, job: _Job) -> bool:
         """Whether a submission was graded by the same order, and the gradebook has it."""
-        found = {}
-        for name in job.files:
-            try:
-                notebook = load(self.folders.autograded(job.student) / f"{name}.ipynb")
-            except (OSError, ValueError):
-                return False
-            made = notebook.metadata.get("fewer") or {}
-            if made.get("key") != job.key:
-                return False
-            found[name] = marks(notebook)
-            job.remarks += made.get("notices") or []
-        entry = Entry(job.student, job.timestamp, found)
-        if not self.book.has(entry):
+        graded = self._graded(job.student, job)
+        if graded is None:
             return False
-        self._remark(job.student, job.remarks)
+        found = {name: notebook.marks for name, notebook in graded.items()}
+        if not self.book.has(Entry(job.student, job.timestamp, found)):
+            return False
+        self._remark(job, graded)
         return True
 
-    def _graded_like(self, first: str, job: _Job) -> dict[str, Graded] | None:
-        """The graded notebooks of a student who handed in the very same."""
-        self._flush()
+    def _graded(self, student: str, job: _Job) -> dict[str, Graded] | None:
+        """The graded notebooks of a student, if they are those that ``job`` would come to."""
         graded = {}
         for name in job.files:
-            path = self.folders.autograded(first) / f"{name}.ipynb"
             try:
-                data, notebook = path.read_bytes(), load(path)
-            except (OSError, ValueError):  # theirs could not be graded: no more can this
+                data = (self.folders.autograded(student) / f"{name}.ipynb").read_bytes()
+                notebook = worker.from_bytes(data)
+            except (OSError, ValueError):
                 return None
-            made = notebook.metadata["fewer"]
-            if made["key"] != job.key:
+            made = notebook.metadata.get("fewer") or {}
+            if made.get("key") != job.key:
                 return None
-            if made.pop("remarks", None):  # about their file, not about this one
+            if made.pop("remarks", None):  # about that file, not about this one
                 data = worker.to_bytes(notebook)
             graded[name] = Graded(data, marks(notebook), made["notices"])
         return graded
@@ -294,26 +287,38 @@ class _Run:
         died: list[_Job] = []
         for future in ready:
             job = self._jobs.pop(future)
-            try:
-                graded = future.result()
-            except Unusable as error:
-                finished += self._fail(job, str(error))
-            except BrokenExecutor:
+            if isinstance(future.exception(), BrokenExecutor):
                 died.append(job)
-            except GraderFault as error:
-                finished += self._fail(job, self._fault(str(error)))
-            except Exception as error:  # a cluster has many ways to fail
-                finished += self._fail(job, self._fault(f"{type(error).__name__}: {error}"))
             else:
-                self._faults = 0
-                finished.append(job.student)
-                self._enter(job, graded)
-                for copy in self._copies.pop(job.student, ()):
-                    finished.append(copy.student)
-                    self._enter(copy, graded)
-        if died:
-            finished += self._revive([*died, *self._lost()])
+                finished += self._finish(job, future)
+        if died:  # and with them all that a broken pool will never finish
+            lost = [*died, *self._jobs.values()]
+            self._jobs.clear()
+            finished += self._revive(lost)
         return finished
+
+    def _finish(self, job: _Job, future: Future[dict[str, Graded]]) -> list[str]:
+        """Enter what a worker found, or why it found nothing; return whose grading that was."""
+        jobs = [job, *self._copies.pop(job.student, ())]
+        try:
+            graded = future.result()
+        except Unusable as error:
+            why = str(error)
+        except BrokenExecutor:
+            self.workers.restart()
+            why = self._fault("the process that judges it is killed every time")
+        except GraderFault as error:
+            why = self._fault(str(error))
+        except Exception as error:  # a cluster has many ways to fail
+            why = self._fault(f"{type(error).__name__}: {error}")
+        else:
+            self._faults = 0
+            for one in jobs:
+                self._enter(one, graded)
+            return [one.student for one in jobs]
+        for one in jobs:
+            self.summary.failed[one.student] = why
+        return [one.student for one in jobs]
 
     def _fault(self, why: str) -> str:
         """Count a fault of the grader; so many in a row will not end by themselves."""
@@ -323,43 +328,25 @@ class _Run:
             raise CourseError(f"grading stops after {FAULTS} faults of its own in a row: {why}")
         return f"the grader's own fault: {why}"
 
-    def _lost(self) -> list[_Job]:
-        """The jobs that a broken pool will never finish."""
-        lost = list(self._jobs.values())
-        self._jobs.clear()
-        return lost
-
     def _revive(self, jobs: list[_Job]) -> list[str]:
-        """New workers after one was killed, by want of memory perhaps. Who was at hand when that
-        happened is judged once more, alone; who kills a worker again is given up."""
+        """New workers after one was killed, by want of memory perhaps. Who was at hand is tried
+        again, at last alone, so that nobody pays for another; who kills a worker then is given up.
+        """
         finished: list[str] = []
         self.workers.restart()
-        for job in jobs:
+        for job in jobs:  # before any other is under way again
             if job.tries >= TRIES:
                 alone = self.workers.submit(worker.judge, job.files, self.order)
-                try:
-                    self._enter(job, alone.result())
-                    finished.append(job.student)
-                except (BrokenExecutor, Unusable, GraderFault) as error:
-                    if isinstance(error, BrokenExecutor):
-                        self.workers.restart()
-                        error = GraderFault("the process that judges it is killed every time")
-                    finished += self._fail(job, f"the grader's own fault: {error}")
-            else:
+                finished += self._finish(job, alone)
+        for job in jobs:
+            if job.tries < TRIES:
                 self._submit(job)
         return finished
-
-    def _fail(self, job: _Job, why: str) -> list[str]:
-        copies = self._copies.pop(job.student, ())
-        for student in (job.student, *(copy.student for copy in copies)):
-            self.summary.failed[student] = why
-        return [job.student, *(copy.student for copy in copies)]
 
     def _enter(self, job: _Job, graded: dict[str, Graded]) -> None:
         found = {name: notebook.marks for name, notebook in graded.items()}
         files = {name: _remarked(notebook.data, job.remarks) for name, notebook in graded.items()}
-        said = [notice for notebook in graded.values() for notice in notebook.notices]
-        self._remark(job.student, [*job.remarks, *said])
+        self._remark(job, graded)
         self.summary.judged += 1
         self._entered.add(job.student)
         self._batch.append((Entry(job.student, job.timestamp, found), files))
@@ -393,9 +380,10 @@ class _Run:
                 text = f"{entry.timestamp:%Y-%m-%d %H:%M:%S.%f} UTC"
                 _replace(folder / "timestamp.txt", text.encode(), self.folders.read_only)
 
-    def _remark(self, student: str, remarks: list[str]) -> None:
-        if remarks:
-            self.summary.remarks[student] = list(dict.fromkeys(remarks))
+    def _remark(self, job: _Job, graded: dict[str, Graded]) -> None:
+        said = [notice for notebook in graded.values() for notice in notebook.notices]
+        if remarks := [*job.remarks, *said]:
+            self.summary.remarks[job.student] = remarks
 
 
 @dataclass

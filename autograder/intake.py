@@ -41,6 +41,7 @@ from nbgrader.api import Gradebook, MissingEntry
 
 from autograder.handin import Picked, pick, read, strange_id
 from autograder.ipynb import CLEAR, Cell, Unusable, read_cells, same, some
+from autograder.verdict import GRADE_ID
 
 __all__ = [
     "Picked",
@@ -54,8 +55,6 @@ __all__ = [
     "restore",
     "strange_id",
 ]
-
-CHECK = "check_"  # the check of the exercise `halve` has the grade_id check_halve
 
 
 @dataclass(frozen=True)
@@ -318,7 +317,7 @@ def _find_solutions(work: _Work) -> None:
             lost.append(name)
             continue
         best = ranked[min(ranked)]
-        check = work.found.get(CHECK + name)
+        check = work.found.get(GRADE_ID + name)
         above = [c for c in best if check is None or place[c] < place[check]]
         chosen = work.found[name] = (above or best)[-1]
         if min(ranked) != ANOTHERS and chosen.cell is None:
@@ -349,7 +348,7 @@ def _move_checks(work: _Work) -> None:
     """Where an exercise is solved only below its check, put the check below the solution."""
     moved = []
     for name in work.about:
-        check, solution = work.found.get(CHECK + name), work.found.get(name)
+        check, solution = work.found.get(GRADE_ID + name), work.found.get(name)
         if check and solution and work.cells.index(check) < work.cells.index(solution):
             work.cells.remove(check)
             work.cells.insert(work.cells.index(solution) + 1, check)
@@ -367,7 +366,7 @@ def _put_back(work: _Work) -> None:
     another = not work.found
     for name, cell in work.about.items():
         if name not in work.found and (cell.locked or cell.grade or cell.task):
-            solution = name.removeprefix(CHECK) if cell.grade else ""
+            solution = name.removeprefix(GRADE_ID) if cell.grade else ""
             anchors = (work.found.get(n) for n in (solution, *reversed(before)))
             anchor = next(filter(None, anchors), None)
             nowhere = len(work.cells) if cell.points is not None else 0

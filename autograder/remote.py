@@ -123,7 +123,12 @@ class Zygote:
         return Child(self, memory, seed, cell_seconds, call_seconds, deadline)
 
     def keep(self, plan: Plan) -> None:
-        """Have the calls of a plan at hand in every child that is forked from now on."""
+        """Have the calls of a plan at hand in every child that is forked from now on.
+
+        Code can find them there before it is asked, as it can find the library, whose answers to
+        them are right: that is copying, and helps nobody else. But no grade may depend on who was
+        judged before. So keep what a notebook needs before its first child is forked.
+        """
         if plan.key in self.kept:
             return
         size = sum(map(len, plan.frames))
@@ -467,9 +472,7 @@ class Remote:
             if answers and _todo(answers[0]):
                 return answers
             self._written = True
-        answers += self._fetch(plan, plan.parts[len(answers) :])
-        self.child.zygote.keep(plan)
-        return answers
+        return answers + self._fetch(plan, plan.parts[len(answers) :])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.live += 1

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
-from autograder.verdict import Result, Verdict, verdicts
+from autograder.verdict import GRADE_ID, Result, Verdict, verdicts
 
 if TYPE_CHECKING:
     from nbgrader.apps import NbGrader
@@ -300,7 +300,7 @@ def read_class(course: Path, assignment: str) -> ClassReport:
                     graded_with.add(f"fewer {version}, seed {made['seed']}")
                     walled.append(made.get("sandbox") is True)
                     notices += [*(made.get("remarks") or []), *(made.get("notices") or [])]
-            cells = {name.removeprefix("check_"): cell for name, cell in score.cells.items()}
+            cells = {name.removeprefix(GRADE_ID): cell for name, cell in score.cells.items()}
             for name in [*found, *sorted(cells.keys() - found)]:
                 if name in cells:
                     worth.setdefault(name, cells[name].possible)
@@ -377,13 +377,13 @@ def _adjustments(
     changes = []
     said = dict(score.comments)
     for name, cell in score.cells.items():
-        exercise = name.removeprefix("check_")
+        exercise = name.removeprefix(GRADE_ID)
         comment = said.pop(exercise, "") or said.pop(name, "")
         hand = by_hand.get(name)
         if cell.waiting:
             changes.append(Adjustment(f"{exercise}: to be graded by hand", None, comment))
         elif hand and hand.manual is not None:
-            how = "adjusted by hand" if name.startswith("check_") else "graded by hand"
+            how = "adjusted by hand" if name.startswith(GRADE_ID) else "graded by hand"
             by = hand.manual - (hand.automatic or 0.0)
             changes.append(Adjustment(f"{exercise}: {how}", by, comment))
         elif comment:

@@ -24,6 +24,7 @@ from autograder.candidate import Call
 from autograder.compare import CandidateError
 
 MIME = "application/vnd.fewer.verdict+json"
+GRADE_ID = "check_"  # the grade cell of `halve` has the grade_id check_halve
 LONGEST = 4000  # characters of a text in a verdict
 # What a terminal takes for a command, or what turns the direction of all that follows.
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -188,7 +189,7 @@ def verdicts(nb: Mapping[str, Any]) -> dict[str, Verdict]:
     found = {}
     for cell in nb.get("cells", ()):
         about = cell.get("metadata", {}).get("nbgrader", {})
-        if not about.get("grade") or not str(about.get("grade_id", "")).startswith("check_"):
+        if not about.get("grade") or not str(about.get("grade_id", "")).startswith(GRADE_ID):
             continue
         for output in cell.get("outputs", []):
             if data := output.get("data", {}).get(MIME):
@@ -196,7 +197,7 @@ def verdicts(nb: Mapping[str, Any]) -> dict[str, Verdict]:
                     verdict = Verdict.from_json(data)
                 except (KeyError, TypeError, AttributeError):
                     continue
-                found[about["grade_id"].removeprefix("check_")] = verdict
+                found[about["grade_id"].removeprefix(GRADE_ID)] = verdict
     return found
 
 

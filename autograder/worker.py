@@ -29,7 +29,7 @@ from nbformat.v4.rwbase import rejoin_lines
 import fewer
 from autograder.gradebook import Marks, marks
 from autograder.intake import Released, restore
-from autograder.verdict import MIME, Verdict
+from autograder.verdict import GRADE_ID, MIME, Verdict
 
 MATTERS = ("torch", "numpy", "hypothesis")  # whose versions decide what a check sees
 
@@ -102,10 +102,8 @@ def judge(files: Mapping[str, bytes], order: Order) -> dict[str, Graded]:
     graded = {}
     for name, data in files.items():
         restored = restore(data, order.released[name])
-        notebook = restored.notebook
-        if order.execute:
-            notebook = _executed(notebook, order.walled)
-        record(notebook, _judge(notebook, order))
+        notebook, verdicts = _judge(restored.notebook, order)
+        record(notebook, verdicts)
         notebook.metadata["fewer"] = {
             "version": fewer.__version__,
             "course": order.course,
@@ -132,7 +130,7 @@ def record(notebook: NotebookNode, verdicts: Mapping[str, Verdict]) -> None:
         # A grade cell that is a solution too is a written question: a person grades it.
         if cell.cell_type != "code" or not about.get("grade") or about.get("solution"):
             continue
-        verdict = verdicts.get(about["grade_id"].removeprefix("check_"))
+        verdict = verdicts.get(about["grade_id"].removeprefix(GRADE_ID))
         if verdict is None or not verdict.results:
             raise GraderFault(
                 f"nothing judges the cell {about['grade_id']!r}: this course has no such exercise"
@@ -176,23 +174,23 @@ _zygotes: dict[bool, Any] = {}
 _one_at_a_time = threading.Lock()
 
 
-def _judge(notebook: NotebookNode, order: Order) -> dict[str, Verdict]:
+def _judge(notebook: NotebookNode, order: Order) -> tuple[NotebookNode, dict[str, Verdict]]:
+    """The notebook, with the outputs of a run if one is asked for, and its verdicts."""
     from autograder.remote import GraderError  # imports torch
     from autograder.sandbox import NoSandbox
     from autograder.submission import judge_notebook
 
     with _one_at_a_time, _one_thread():
         try:
-            return judge_notebook(notebook, warm(order.walled), seed=order.seed)
+            verdicts = judge_notebook(notebook, warm(order.walled), seed=order.seed)
+            if order.execute:
+                from autograder.kernel import execute  # only who asks for it waits for Jupyter
+
+                notebook = execute(notebook, order.walled)
         except (GraderError, NoSandbox) as error:
             close()
             raise GraderFault(str(error)) from error
-
-
-def _executed(notebook: NotebookNode, walled: bool) -> NotebookNode:
-    from autograder.kernel import execute  # only who asks for figures waits for Jupyter
-
-    return execute(notebook, walled)
+    return notebook, verdicts
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ import fewer
 from autograder.attacks import answers, exhaustion, machine, notebooks, pages, process
 from autograder.attacks.attack import BRAG, HONEST, MARK, Attack, Scene
 from autograder.report import verdicts
-from autograder.verdict import Verdict
+from autograder.verdict import GRADE_ID, Verdict
 
 if TYPE_CHECKING:
     from autograder.grading import GradeSummary
@@ -290,7 +290,7 @@ def _outcome(attack: Attack, student: str, scene: Scene, summary: GradeSummary) 
     told = summary.failed.get(student, "")
     score = next((score for score in summary.scores if score.student == student), None)
     cells = score.cells if score else {}
-    earned = {name.removeprefix("check_"): cell.points for name, cell in cells.items()}
+    earned = {name.removeprefix(GRADE_ID): cell.points for name, cell in cells.items()}
     outcome = Outcome(attack, earned, deserved, told=told)
     if "own fault" in told:
         outcome.harm.append(f"the grader broke: {told}")

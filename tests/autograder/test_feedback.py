@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import re
 from collections import Counter
-from html.parser import HTMLParser
 from typing import Any
 
 import nbformat
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from nbgrader.utils import compute_checksum
+from parsed import Page
 
 from autograder.feedback import LONGEST_WORK, highlighted, page
 from autograder.gradebook import CellScore, Score
@@ -29,36 +29,6 @@ ATTACKS = [
     "\u202e\x00\x1b]8;;https://example.org\x07 '\"`=/ \ud800",
 ]
 PIXEL = base64.b64encode(b"\x89PNG\r\n\x1a\n any bytes").decode()
-
-
-class Page(HTMLParser):
-    """The tags, attributes and text of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str]] = []
-        self.comments: list[str] = []
-        self._words: list[str] = []
-        self.feed(html)
-        self.close()
-        self.text = " ".join(self._words)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        if self.cdata_elem != "style":
-            self._words += data.split()
-
-    def handle_comment(self, data: str) -> None:
-        self.comments.append(data)
-
-    handle_pi = unknown_decl = handle_comment
-
-    def all(self, name: str) -> list[str]:
-        return [value for key, value in self.attributes if key == name]
 
 
 def verdict(name: str, *statuses: str, text: str = "off by 1", hidden: bool = False) -> Verdict:

@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from nbgrader.api import Gradebook, MissingEntry
 from nbgrader.plugins import CsvExportPlugin
 from small_course import contents
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from autograder.gradebook import Book, Entry, Marks
@@ -94,26 +95,25 @@ def server():
         until = time.monotonic() + 30
         while True:
             try:
-                with Gradebook(f"{url}postgres"):
-                    break
+                create_engine(f"{url}postgres").connect().close()
+                break
             except SQLAlchemyError:
                 assert process.poll() is None, "the server ended"
                 assert time.monotonic() < until, "the server does not answer"
                 time.sleep(0.1)
         yield url
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # SIGTERM would wait for who is still connected
         process.wait()
         shutil.rmtree(folder)
 
 
 @pytest.fixture
 def postgres(server):
-    with Gradebook(f"{server}postgres") as book:
-        connection = book.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        connection.execute(text("DROP DATABASE IF EXISTS course"))
+    engine = create_engine(f"{server}postgres", isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text("DROP DATABASE IF EXISTS course WITH (FORCE)"))
         connection.execute(text("CREATE DATABASE course"))
-        connection.close()
     new_gradebook(f"{server}course")
     return f"{server}course"
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 
 import nbformat
@@ -26,7 +27,7 @@ from small_course import (
     write_root,
 )
 
-from autograder import grading, sandbox, worker
+from autograder import executors, grading, sandbox, worker
 from autograder.course import CourseError
 from autograder.explain import explain
 from autograder.gradebook import Book
@@ -248,7 +249,7 @@ def judged_by_number(notebook, order):
     from autograder.exercise import find
     from autograder.verdict import Result, Verdict
 
-    return {
+    return notebook, {
         name: Verdict(name, [Result(c.name, "", c.points, "todo") for c in find(name).checks])
         for name in (FIRST, SECOND)
     }
@@ -311,8 +312,6 @@ def test_a_worker_that_is_killed_costs_nobody_a_grade(course, graded, monkeypatc
             self.broken = False
 
         def submit(self, judge, files, order):
-            from concurrent.futures import BrokenExecutor, Future
-
             if self.broken:
                 raise BrokenExecutor
             future = Future()
@@ -333,6 +332,56 @@ def test_a_worker_that_is_killed_costs_nobody_a_grade(course, graded, monkeypatc
     assert found.pop(deadly) == {}
     expected.pop(deadly)
     assert found == expected
+
+
+def test_who_handed_in_the_same_gets_the_same_though_a_worker_died_at_it(
+    course, graded, monkeypatch
+):
+    path = "submitted/{}/" + f"{LAB}/{LAB}.ipynb"
+    shutil.copy(course / path.format("both-0"), course / path.format("none-3"))
+    replay = replayed(notebooks(graded))
+    deaths = []
+
+    class Unlucky(executors.Inline):
+        """A pool of which the worker at the first submission dies, as often as told."""
+
+        def submit(self, judge, files, order):
+            if b"both-0" in files[LAB] and len(deaths) < often:
+                deaths.append(order)
+                future = Future()
+                future.set_exception(BrokenExecutor())
+                return future
+            return super().submit(replay, files, order)
+
+    monkeypatch.setattr(grading.executors, "local", lambda jobs, walled: Unlucky())
+    # Nobody waits before all have begun, so that the copy is told from what is under way.
+    monkeypatch.setattr(grading, "AHEAD", len(STUDENTS))
+    for often in (1, 2):
+        deaths.clear()
+        summary = grade(course, LAB, walled=WALLED, jobs=2, again=True)
+        points = {score.student: score.points for score in summary.scores}
+        assert len(deaths) == often
+        assert (points["both-0"], points["none-3"]) == (BOTH, BOTH)
+        assert not summary.failed
+        shutil.rmtree(course / "autograded")
+        with Gradebook(url(course)) as book:
+            for student in STUDENTS:
+                book.remove_submission(LAB, student)
+
+
+def test_what_nbgrader_itself_graded_before_is_judged(course, graded, monkeypatch):
+    """Also where one who handed in the same had it graded so."""
+    monkeypatch.setattr(worker, "judge", replayed(notebooks(graded)))
+    released = nbformat.read(course / "release" / LAB / f"{LAB}.ipynb", as_version=4)
+    for student in STUDENTS:
+        path = course / "autograded" / student / LAB / f"{LAB}.ipynb"
+        path.parent.mkdir(parents=True)
+        nbformat.write(released, path)
+    path = "submitted/{}/" + f"{LAB}/{LAB}.ipynb"
+    shutil.copy(course / path.format("both-0"), course / path.format("both-1"))
+    summary = grade(course, LAB, walled=WALLED)
+    assert summary.judged == len(STUDENTS)
+    assert {s.student: s.points for s in summary.scores}["both-1"] == BOTH
 
 
 def test_explain_shows_the_recorded_verdict_again(graded, tmp_path):

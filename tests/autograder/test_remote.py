@@ -191,7 +191,9 @@ def test_an_answer_is_what_it_was_when_it_was_returned(child: Child) -> None:
 def test_what_a_zygote_keeps_is_asked_once_and_sent_if_it_is_asked_again() -> None:
     with Zygote() as zygote:
         plan = asking((torch.ones(2),), (torch.zeros(3),))
-        for _ in range(2):  # sent to the first child, kept for the second
+        for kept in (False, True):  # sent to the first child, kept for the second
+            if kept:
+                zygote.keep(plan)
             with zygote.child() as child:
                 run(child, "def f(x):\n    return x.add_(1).sum()")
                 for _ in range(2):

@@ -9,13 +9,13 @@ import statistics
 import warnings
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from parsed import Page
 
 from autograder.course import CONFIG, CourseError
 from autograder.report import (
@@ -75,29 +75,6 @@ def a_class(seed: int, size: int = 12) -> ClassReport:
         students.append(replace(student(f"S{i}", *found, by_hand=essay), marks=marks))
     students.append(Student("absent", "Absent", None, 9.0))
     return ClassReport("lab1", "Lab 1", students, 9.0, ["fewer 0.1.0, seed 3"], worth=worth)
-
-
-class Page(HTMLParser):
-    """The tags, attributes and text of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str]] = []
-        self._words: list[str] = []
-        self.feed(html)
-        self.text = " ".join(self._words)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        if self.cdata_elem != "style":
-            self._words += data.split()
-
-    def all(self, name: str) -> list[str]:
-        return [value for key, value in self.attributes if key == name]
 
 
 # --- numbers -------------------------------------------------------------------------------------

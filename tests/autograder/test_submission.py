@@ -405,3 +405,23 @@ def test_the_exercises_of_the_course_are_found_by_default() -> None:
     defaults = judge_notebook.__defaults__
     assert defaults is not None
     assert defaults[-1] is autograder.submission.autograder.exercise.find
+
+
+def test_every_child_has_the_same_at_hand_whoever_was_judged_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Code can look for the inputs that its zygote keeps: no grade may depend on when it looks."""
+    seen = []
+    fork = Zygote.child
+
+    def child(zygote: Zygote, **limits: Any) -> Child:
+        seen.append(set(zygote.kept))
+        return fork(zygote, **limits)
+
+    monkeypatch.setattr(Zygote, "child", child)
+    with Zygote() as fresh:
+        judged(fresh, class_work(halve="import os; os._exit(0)"))
+        judged(fresh, class_work())
+    assert len(seen) >= 3
+    assert all(kept == seen[0] for kept in seen)
+    assert len(seen[0]) == sum(len(e.checks) for e in (DOUBLE, HALVE, NEGATE))
