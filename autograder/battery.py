@@ -33,11 +33,15 @@ Drawn = dict[str, Any]
 
 
 def run(check: Check, seed: int, test: Callable[[Drawn], None], shrink: bool = False) -> None:
-    """Draw the inputs of ``check`` for ``seed`` and call ``test`` on each, in order.
+    """Draw the inputs of ``check`` for ``seed``, or take its cases, and call ``test`` on each.
 
     With ``shrink``, Hypothesis goes on after the first failure to look for a simpler one, and the
-    simplest is the last that ``test`` sees before its error is raised.
+    simplest is the last that ``test`` sees before its error is raised. Of cases it is the first.
     """
+    if check.cases:
+        for drawn in check.cases:
+            test(drawn)
+        return
 
     @hypothesis.seed(zlib.crc32(f"{seed}/{check.name}".encode()))
     @settings(

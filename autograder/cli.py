@@ -371,10 +371,15 @@ def grade(
     checks and no gradebook.
     """
     assignment = _assignment(folder, lab, "submitted")
+    from autograder import executors
+
+    begin = time.monotonic()
+    submissions = len(list((folder / "submitted").glob(f"*/{assignment}")))
+    if not executor and executors.processes(jobs, submissions) > 1:
+        executors.prepare()
     from autograder.course import CourseError, course_seed
     from autograder.grading import grade as grade_all
 
-    begin = time.monotonic()
     try:
         with _bar() as bar:
             task = bar.add_task("starting", total=None)

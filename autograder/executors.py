@@ -5,14 +5,18 @@ All three are executors as `concurrent.futures` has them, so grading itself is w
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
+import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any
 
-from autograder import worker
-
+ALONE = 30  # a class so small is judged by one process: others take seconds to start
+FORK = "forkserver"
 PREFIX = "dask://"
 CONNECT_SECONDS = 5
 TRIES = 3  # workers that may die at a submission before it is given up
@@ -34,18 +38,40 @@ class Inline(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        from autograder import worker
+
         worker.close()
+
+
+def processes(jobs: int | None, submissions: int) -> int:
+    """How many processes to judge in: ``jobs``, or one a core in a class that is worth it."""
+    if jobs is not None or submissions < ALONE:
+        return jobs or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local(jobs: int, walled: bool) -> Executor:
     """``jobs`` processes, each with a warm zygote; for one, this process itself."""
     if jobs == 1:
         return Inline()
-    # From a server that imported torch once and never used it: a process that did may hang after
-    # a fork, and one that starts from nothing imports for seconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["autograder.worker", "autograder.submission"])
-    return ProcessPoolExecutor(jobs, context, worker.start, (walled,))
+    from autograder import worker
+
+    prepare()
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context(FORK), worker.start, (walled,))
+
+
+def prepare() -> None:
+    """Start the server that `local` has its processes from, if there is none yet. It imports what
+    they need while its caller does other things.
+
+    It imports torch once and never uses it: a process that did may hang after a fork, and one that
+    starts from nothing imports for seconds.
+    """
+    checks = pkgutil.iter_modules(importlib.import_module("autograder.checks").__path__)
+    needed = ["autograder.worker", "autograder.submission"]
+    needed += [f"autograder.checks.{module.name}" for module in checks]
+    multiprocessing.get_context(FORK).set_forkserver_preload(needed)
+    forkserver.ensure_running()
 
 
 @contextmanager

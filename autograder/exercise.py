@@ -25,6 +25,7 @@ import ast
 import functools
 import importlib
 import inspect
+import itertools
 import linecache
 import pkgutil
 import platform
@@ -35,14 +36,17 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+EXAMPLES = 40  # draws of a check's inputs, where it does not say otherwise
+
 
 @dataclass(frozen=True, eq=False)
 class Check:
     """One named property of an exercise: what it states, what it is worth, and how to recover.
 
     The property is a plain function ``property(candidate, **drawn)`` that raises AssertionError
-    (mostly through `autograder.compare`) where the candidate breaks it. A hidden one counts in
-    grading and is not in what students install (`autograder.bundle`).
+    (mostly through `autograder.compare`) where the candidate breaks it. Its inputs are ``examples``
+    draws from the strategies, or else the ``cases``, all of them. A hidden one counts in grading
+    and is not in what students install (`autograder.bundle`).
     """
 
     name: str
@@ -53,6 +57,7 @@ class Check:
     strategies: dict[str, st.SearchStrategy[Any]]
     examples: int
     hidden: bool = False
+    cases: tuple[dict[str, Any], ...] = ()
 
     @property
     def title(self) -> str:
@@ -131,18 +136,40 @@ class Exercise:
         *,
         points: int,
         hint: str,
-        examples: int = 40,
+        examples: int | None = None,
         hidden: bool = False,
-        **strategies: st.SearchStrategy[Any],
+        **inputs: st.SearchStrategy[Any] | list[Any],
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """Add a check: the decorated function's docstring is its statement to the student.
 
         With ``hidden=True`` it is for what a careful student thinks of without being told. It is
         cut out of what students install, so write the word True, and keep out of the rest of the
         file what only this check needs.
+
+        Args:
+            examples: how often the inputs are drawn (40 times). As many as it takes for every
+                mistake that this check is for to show, whatever the seed: `fewer kill-table`.
+            inputs: where each argument of the property comes from: a strategy, or a list of all
+                its values, plainest first. If they are lists, every combination is asked, once.
         """
         if not isinstance(hidden, bool):  # a strategy, for an argument of this name
             raise TypeError(f"hidden must be True or False, got {hidden!r}")
+        for name, values in inputs.items():
+            if not isinstance(values, st.SearchStrategy | list):
+                raise TypeError(f"{name} must be a strategy or a list, got {values!r}")
+        strategies = {n: s for n, s in inputs.items() if isinstance(s, st.SearchStrategy)}
+        lists = {n: values for n, values in inputs.items() if isinstance(values, list)}
+        cases: tuple[dict[str, Any], ...] = ()
+        if lists and strategies:
+            raise TypeError(f"{', '.join(lists)}: a list, beside strategies; use st.sampled_from")
+        if not strategies:
+            if examples is not None:
+                raise ValueError("examples is for strategies: each value of a list is asked once")
+            cases = tuple(
+                dict(zip(lists, v, strict=True)) for v in itertools.product(*lists.values())
+            )
+            if not cases:
+                raise ValueError("a list of inputs is empty: the check would ask nothing")
 
         def add(function: Callable[..., None]) -> Callable[..., None]:
             self.checks.append(
@@ -153,8 +180,9 @@ class Exercise:
                     hint=hint,
                     property=function,
                     strategies=strategies,
-                    examples=examples,
+                    examples=EXAMPLES if examples is None else examples,
                     hidden=hidden,
+                    cases=cases,
                 )
             )
             return function

@@ -31,7 +31,7 @@ from autograder.candidate import Call, Candidate, Judged, Local, fresh
 from autograder.compare import CandidateError
 from autograder.exercise import Check, Exercise
 
-PATIENCE = 1.0  # seconds of processor time that any call may take before it counts as endless
+PATIENCE = 0.5  # seconds of processor time that any call may take before it counts as endless
 SLOWER = 200.0  # ... or so many times what the slowest call of the reference took
 REMEMBERED = 64 << 20  # bytes of outcomes
 USUAL = 1 << 10  # bytes of an outcome and its key

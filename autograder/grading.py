@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
-import os
 import re
 import stat
 import time
@@ -46,7 +45,6 @@ NO_SANDBOX = (
 BATCH = 32  # submissions in one transaction of the gradebook
 BATCH_SECONDS = 2.0  # ... or as many as came in this time
 AHEAD = 4  # submissions that wait for each worker
-ALONE = 30  # a class so small is judged by one process: others take seconds to start
 FAULTS = 20  # of the grader itself in a row, after which it stops
 TRIES = 2  # how often a submission may be at hand when a worker dies
 
@@ -402,10 +400,8 @@ class _Workers:
     """An executor that starts when the first submission needs it, and can start again."""
 
     def __init__(self, address: str, jobs: int | None, submissions: int, walled: bool) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        few = submissions < ALONE
         self.address = address
-        self.jobs = jobs or (1 if few else cores or 1)
+        self.jobs = executors.processes(jobs, submissions)
         self.walled = walled
         self._stack = contextlib.ExitStack()
         self._executor: Executor | None = None

@@ -139,15 +139,16 @@ Format = tuple[int, int, str]
 @st.composite
 def patterns(draw: st.DrawFn, part: str, signs: int = 0) -> tuple[Format, list[Fields]]:
     """A format, and fields of codes whose exponent is "normal", "zero", "top" or "finite"."""
-    form = draw(st.sampled_from(FORMATS))
+    specials = draw(st.sampled_from(("none", "fn", "ieee")))
+    form = draw(st.sampled_from([form for form in FORMATS if form[2] == specials]))
     top, ones = 2 ** form[0] - 1, 2 ** form[1] - 1
     last = top - 1 if form[2] == "ieee" else top
     low, high = {"normal": (1, last), "zero": (0, 0), "top": (top, top), "finite": (0, last)}[part]
-    mantissas = st.sampled_from([0, ones]) | st.integers(0, ones)
+    mantissas = st.sampled_from([0, 1, ones]) | st.integers(0, ones)
     field = st.tuples(st.integers(0, signs), st.integers(low, high), mantissas)
     if part != "top" and form[2] == "fn":
         field = field.filter(lambda f: f[1:] != (top, ones))
-    return form, draw(st.lists(field, min_size=1, max_size=6))
+    return form, draw(st.lists(field, min_size=1, max_size=8))
 
 
 def assembled(form: Format, fields: list[Fields]) -> Tensor:
@@ -171,6 +172,7 @@ def expect_values(form: Format, fields: list[Fields], got: Tensor, want: list[fl
     points=2,
     hint="Read one code by hand. Which power of two does its exponent field stand for, and which "
     "digit of the number is never stored because it is always the same?",
+    examples=24,
     drawn=patterns("normal"),
 )
 def normal_numbers_are_read_right(candidate, drawn):
@@ -185,6 +187,7 @@ def normal_numbers_are_read_right(candidate, drawn):
     points=2,
     hint="What is special about the smallest exponent field? Below the smallest normal number the "
     "numbers go on to zero, in steps of equal size.",
+    examples=20,
     drawn=patterns("zero"),
 )
 def subnormal_numbers_are_read_right(candidate, drawn):
@@ -201,23 +204,26 @@ def subnormal_numbers_are_read_right(candidate, drawn):
 @minifloat.check(
     points=2,
     hint="The top bit alone is the sign. Compare what you get for a code with and without it.",
+    examples=24,
     drawn=patterns("finite"),
 )
 def the_sign_bit_flips_the_sign(candidate, drawn):
     """Setting the top bit of a code changes the sign of the number and nothing else; zero becomes
     -0.0."""
     form, fields = drawn
-    positive = candidate(assembled(form, fields), *form)
-    negative = candidate(assembled(form, [(1, x, f) for _, x, f in fields]), *form)
-    expect_shape(negative, (len(fields),), "the result")
-    expect_equal(negative, -as_double(positive), "the number with the top bit set", reveal=True)
-    expect(torch.signbit(as_double(negative)), "a number with the top bit set is not negative")
+    both = [(sign, x, f) for sign in (0, 1) for _, x, f in fields]
+    got = candidate(assembled(form, both), *form)
+    expect_shape(got, (len(both),), "the result")
+    positive, negative = as_double(got).chunk(2)
+    expect_equal(negative, -positive, "the number with the top bit set", reveal=True)
+    expect(torch.signbit(negative), "a number with the top bit set is not negative")
 
 
 @minifloat.check(
     points=2,
     hint="Look at the codes whose exponent field is all ones, one value of specials after the "
     "other: which are infinite, which are not a number, and which are quite ordinary?",
+    examples=28,
     drawn=patterns("top", signs=1),
 )
 def infinity_and_nan_are_where_the_format_has_them(candidate, drawn):
@@ -245,6 +251,7 @@ def infinity_and_nan_are_where_the_format_has_them(candidate, drawn):
 @minifloat.check(
     points=1,
     hint="Which type do your intermediate results have? uint8 has no room below 0 or above 255.",
+    examples=28,
     hidden=True,
     form=st.sampled_from([(4, 3, "fn"), (5, 2, "ieee")]),
     codes=integer_tensors(0, 255, shapes(1, 3, max_side=4), dtype=torch.uint8),
@@ -263,18 +270,15 @@ def any_integer_type_and_any_shape_will_do(candidate, form, codes, dtype):
 @minifloat.check(
     points=1,
     hint="Which codes, field widths and specials does the docstring allow?",
-    examples=20,
-    bad=st.sampled_from(
-        [
-            (torch.tensor([16]), 2, 1, "none"),
-            (torch.tensor([-1]), 2, 1, "none"),
-            (torch.tensor([3, 256]), 4, 3, "fn"),
-            (torch.tensor([0]), 0, 3, "none"),
-            (torch.tensor([0]), 9, 3, "none"),
-            (torch.tensor([0]), 4, 0, "none"),
-            (torch.tensor([0]), 4, 3, "finite"),
-        ]
-    ),
+    bad=[
+        (torch.tensor([16]), 2, 1, "none"),
+        (torch.tensor([-1]), 2, 1, "none"),
+        (torch.tensor([3, 256]), 4, 3, "fn"),
+        (torch.tensor([0]), 0, 3, "none"),
+        (torch.tensor([0]), 9, 3, "none"),
+        (torch.tensor([0]), 4, 0, "none"),
+        (torch.tensor([0]), 4, 3, "finite"),
+    ],
 )
 def codes_that_do_not_fit_the_format_are_refused(candidate, bad):
     """A code with bits beyond 1 + E + M, a negative one, or a format that does not exist raises
@@ -434,6 +438,7 @@ symmetric = Exercise(
     points=3,
     hint="How large is the largest magnitude, of negative values too, and which code should it "
     "get? With dim, ask that of each slice, and look at what keepdim does.",
+    examples=24,
     x_dim=sliced(dtypes=(torch.float32, torch.float16, torch.bfloat16)),
     bits=WIDTHS,
 )
@@ -452,6 +457,7 @@ def each_slice_has_the_scale_of_its_largest_magnitude(candidate, x_dim, bits):
 @symmetric.check(
     points=2,
     hint="Divide one of the values by the scale. Which whole number is nearest, below zero too?",
+    examples=20,
     x=nonzero(shapes(1, 3)),
     bits=WIDTHS,
 )
@@ -470,6 +476,7 @@ def every_value_gets_the_nearest_code(candidate, x, bits):
     points=2,
     hint="The threshold takes the place of the largest magnitude, also when it is the larger of "
     "the two. What should become of a value beyond it?",
+    examples=24,
     x_dim=sliced(),
     share=st.sampled_from((0.5, 0.25, 0.75, 1.0, 1.5)),
     form=st.sampled_from(("number", "tensor")),
@@ -498,6 +505,7 @@ def values_beyond_the_clip_saturate(candidate, x_dim, share, form, bits):
 @symmetric.check(
     points=1,
     hint="What do you divide by where every value is zero?",
+    examples=28,
     rows=st.integers(1, 4),
     columns=st.integers(1, 4),
     case=st.sampled_from(("all zero", "zero rows", "zero columns", "clip")),
@@ -550,18 +558,15 @@ def codes_are_stored_as_int8(candidate, x, bits, learned):
     points=1,
     hint="Look at the docstring under Raises. A NaN that becomes code 0 is a fault hidden for "
     "good.",
-    examples=20,
-    bad=st.sampled_from(
-        [
-            ((NAN,), {}),
-            ((INF,), {}),
-            ((torch.zeros(0),), {}),
-            ((torch.ones(2), 1), {}),
-            ((torch.ones(2), 9), {}),
-            ((torch.ones(2),), {"clip": -1.0}),
-            ((torch.ones(2),), {"clip": math.nan}),
-        ]
-    ),
+    bad=[
+        ((NAN,), {}),
+        ((INF,), {}),
+        ((torch.zeros(0),), {}),
+        ((torch.ones(2), 1), {}),
+        ((torch.ones(2), 9), {}),
+        ((torch.ones(2),), {"clip": -1.0}),
+        ((torch.ones(2),), {"clip": math.nan}),
+    ],
 )
 def what_cannot_be_quantized_is_refused(candidate, bad):
     """NaN, infinity, an empty tensor, bits outside 2 to 8 and a negative clip raise ValueError."""
@@ -762,6 +767,7 @@ def ranges_between_codes(draw: st.DrawFn) -> tuple[Tensor, int]:
 @asymmetric.check(
     points=2,
     hint="From where to where must the codes reach, if 0 has to have one of its own?",
+    examples=24,
     x_dim=sliced(dtypes=(torch.float32, torch.float16, torch.bfloat16)),
     bits=WIDTHS,
 )
@@ -782,6 +788,7 @@ def the_scale_spans_the_range_and_zero(candidate, x_dim, bits):
 @asymmetric.check(
     points=2,
     hint="The zero-point is itself a code. Which one stands for the number 0?",
+    examples=24,
     x=nonzero(
         kinds=("whole", "sparse", "ties", "normal", "positive", "negative", "outlier", "tiny")
     ),
@@ -803,6 +810,7 @@ def zero_has_a_code_of_its_own(candidate, x, bits):
     points=3,
     hint="Let x come back as scale * (codes - zero_point): what is the largest error there should "
     "be, at the very ends of the range too?",
+    examples=32,
     x_bits=st.tuples(nonzero(shapes(1, 3)), WIDTHS) | ranges_between_codes(),
 )
 def every_value_comes_back_within_half_a_step(candidate, x_bits):
@@ -818,6 +826,7 @@ def every_value_comes_back_within_half_a_step(candidate, x_bits):
 @asymmetric.check(
     points=1,
     hint="How wide is the range of a slice whose values are all the same? And if they are all 0?",
+    examples=28,
     constants=st.lists(
         st.sampled_from((0.0, 1.0, -1.0, 2.5, -3.0, 1000.0)), min_size=1, max_size=3
     ),
@@ -861,17 +870,14 @@ def codes_are_stored_as_uint8(candidate, x, bits, learned):
 @asymmetric.check(
     points=1,
     hint="Look at the docstring under Raises. Can hi - lo be too large for float32?",
-    examples=20,
-    bad=st.sampled_from(
-        [
-            (NAN,),
-            (INF,),
-            (torch.zeros(0),),
-            (torch.ones(2), 1),
-            (torch.ones(2), 9),
-            (torch.tensor([-3e38, 3e38]),),
-        ]
-    ),
+    bad=[
+        (NAN,),
+        (INF,),
+        (torch.zeros(0),),
+        (torch.ones(2), 1),
+        (torch.ones(2), 9),
+        (torch.tensor([-3e38, 3e38]),),
+    ],
 )
 def what_has_no_range_is_refused(candidate, bad):
     """NaN, infinity, an empty tensor, bits outside 2 to 8, and a range that overflows raise
@@ -1033,6 +1039,7 @@ def energy(x: Tensor) -> float:
 @noise_ratio.check(
     points=2,
     hint="Take x = 1 and an error of 1/2. Which ratio of energies is that, and how many decibels?",
+    examples=16,
     x=nonzero(),
     halvings=st.integers(0, 6),
     sign=st.sampled_from((1, -1)),
@@ -1048,6 +1055,7 @@ def halving_the_error_gains_6_decibels(candidate, x, halvings, sign):
     points=3,
     hint="The energy of a signal is the sum of its squares. Of what do you take the ratio, and "
     "when the logarithm?",
+    examples=16,
     pair=signals(),
 )
 def it_is_the_ratio_of_two_energies(candidate, pair):
@@ -1061,6 +1069,7 @@ def it_is_the_ratio_of_two_energies(candidate, pair):
 @noise_ratio.check(
     points=1,
     hint="What is the square of 300 in float16, and that of 0.0001?",
+    examples=24,
     hidden=True,
     x=nonzero(kinds=("tiny", "large"), dtypes=(torch.float16, torch.bfloat16)),
     part=st.sampled_from((0.125, 0.25)),
@@ -1079,6 +1088,7 @@ def half_precision_is_no_excuse(candidate, x, part):
 @noise_ratio.check(
     points=1,
     hint="What should the ratio be where there is no error at all? And where there is no signal?",
+    examples=16,
     x=tensors(kinds=("whole", "zeros", "normal")),
     zero=st.booleans(),
 )
@@ -1095,17 +1105,14 @@ def no_error_is_infinitely_good(candidate, x, zero):
 @noise_ratio.check(
     points=1,
     hint="Would a tensor of another shape be broadcast without a word?",
-    examples=20,
-    bad=st.sampled_from(
-        [
-            (torch.ones(2, 3), torch.ones(3)),
-            (torch.ones(3), torch.ones(1)),
-            (NAN, torch.ones(2)),
-            (torch.ones(2), INF),
-            (torch.ones(2), NAN),
-            (torch.zeros(0), torch.zeros(0)),
-        ]
-    ),
+    bad=[
+        (torch.ones(2, 3), torch.ones(3)),
+        (torch.ones(3), torch.ones(1)),
+        (NAN, torch.ones(2)),
+        (torch.ones(2), INF),
+        (torch.ones(2), NAN),
+        (torch.zeros(0), torch.zeros(0)),
+    ],
 )
 def what_cannot_be_compared_is_refused(candidate, bad):
     """Tensors of different shapes, empty ones, and NaN or infinity raise ValueError."""
@@ -1246,6 +1253,7 @@ def expect_group_scales(w: Tensor, bits: int, group_size: int, scale: Tensor) ->
 @per_group.check(
     points=3,
     hint="Which weights share a scale? Write down W as 2 rows of 4 and circle the groups of 2.",
+    examples=24,
     drawn=weights(ragged=False),
 )
 def consecutive_weights_of_a_row_share_a_scale(candidate, drawn):
@@ -1263,6 +1271,7 @@ def consecutive_weights_of_a_row_share_a_scale(candidate, drawn):
     points=2,
     hint="What is left at the end of a row if 2 does not divide its 5 weights? Which weights "
     "should the scale of that rest depend on?",
+    examples=16,
     drawn=weights(ragged=True),
 )
 def the_shorter_last_group_is_a_group_of_its_own(candidate, drawn):
@@ -1280,6 +1289,7 @@ def the_shorter_last_group_is_a_group_of_its_own(candidate, drawn):
 @per_group.check(
     points=1,
     hint="Divide one of the weights by the scale of its group. Which whole number is nearest?",
+    examples=24,
     drawn=weights(ragged=False),
 )
 def every_weight_gets_the_nearest_code(candidate, drawn):
@@ -1297,6 +1307,7 @@ def every_weight_gets_the_nearest_code(candidate, drawn):
     points=2,
     hint="With symmetric=False a group is quantized as in the exercise before: what else than "
     "codes and scale is needed to get its weights back?",
+    examples=24,
     drawn=weights(ragged=False, symmetric=False) | weights(ragged=True, symmetric=False),
 )
 def asymmetric_groups_have_zero_points(candidate, drawn):
@@ -1318,6 +1329,7 @@ def asymmetric_groups_have_zero_points(candidate, drawn):
 @per_group.check(
     points=1,
     hint="What do you divide by in a group of zeros?",
+    examples=20,
     rows=st.integers(1, 3),
     size=st.integers(1, 3),
     symmetric=st.sampled_from((None, True, False)),
@@ -1340,20 +1352,17 @@ def an_all_zero_group_gets_scale_1_and_codes_0(candidate, rows, size, symmetric,
 @per_group.check(
     points=1,
     hint="Look at the docstring under Raises.",
-    examples=20,
-    bad=st.sampled_from(
-        [
-            ((torch.ones(4),), {"group_size": 2}),
-            ((torch.ones(2, 2, 2),), {"group_size": 2}),
-            ((torch.ones(2, 4),), {"group_size": 0}),
-            ((torch.ones(2, 4),), {"group_size": -2}),
-            ((torch.ones(2, 4),), {"bits": 1}),
-            ((torch.ones(2, 4),), {"bits": 9, "symmetric": False}),
-            ((NAN.reshape(1, 2),), {}),
-            ((INF.reshape(2, 1),), {"symmetric": False}),
-            ((torch.zeros(0, 4),), {}),
-        ]
-    ),
+    bad=[
+        ((torch.ones(4),), {"group_size": 2}),
+        ((torch.ones(2, 2, 2),), {"group_size": 2}),
+        ((torch.ones(2, 4),), {"group_size": 0}),
+        ((torch.ones(2, 4),), {"group_size": -2}),
+        ((torch.ones(2, 4),), {"bits": 1}),
+        ((torch.ones(2, 4),), {"bits": 9, "symmetric": False}),
+        ((NAN.reshape(1, 2),), {}),
+        ((INF.reshape(2, 1),), {"symmetric": False}),
+        ((torch.zeros(0, 4),), {}),
+    ],
 )
 def what_has_no_groups_is_refused(candidate, bad):
     """Anything but a matrix with elements, NaN and infinity, a group_size below 1 and bits outside
@@ -1510,20 +1519,21 @@ def squared_error(x: Tensor, bits: int, alpha: float) -> float:
 
 
 @clipping.check(
-    points=3,
+    points=2,
     hint="Try every threshold in turn: clip, quantize, come back, and compare all of x with what "
     "came back. Which error is the least?",
+    examples=20,
     x=nonzero(
-        shapes(1, 2, max_side=7),
+        shapes(1, 2, max_side=7).filter(lambda shape: math.prod(shape) >= 4),
         kinds=("normal", "outlier", "whole", "positive", "sparse", "negative", "tiny", "large"),
     ),
-    bits=st.sampled_from((2, 3, 4, 8)),
-    steps=st.sampled_from((4, 2, 3, 5, 8, 12, 4, 8, 3, 5, 12, 8, None)),  # None: 100, and slow
+    bits=st.sampled_from((2, 3, 2, 3, 4)),  # clipping pays where bits are few,
+    steps=st.sampled_from((4, 5, 8, 3, 10)),  # and the more thresholds there are
 )
 def no_other_threshold_has_a_smaller_error(candidate, x, bits, steps):
-    """Of the thresholds max|x| k / steps, k = 1 ... steps (100 unless said otherwise), none gives a
-    smaller mean squared error between x and what comes back from quantization."""
-    alpha, steps = candidate(x, bits, **given(steps=steps)), steps or 100
+    """Of the thresholds max|x| k / steps, k = 1 ... steps, none gives a smaller mean squared error
+    between x and what comes back from quantization."""
+    alpha = candidate(x, bits, steps)
     expect(math.isfinite(alpha) and alpha > 0, f"the threshold is {alpha}")
     absmax = float(x.double().abs().max())
     got = squared_error(x, bits, alpha)
@@ -1536,18 +1546,27 @@ def no_other_threshold_has_a_smaller_error(candidate, x, bits, steps):
 
 
 @clipping.check(
+    points=1,
+    hint="How many thresholds does the docstring have you try if nothing is said about it?",
+    x=[torch.tensor([0.9, 0.8, 0.3, 0.3, 0.8])],
+)
+def steps_are_a_hundred_unless_said_otherwise(candidate, x):
+    """If nothing is said about steps, the thresholds max|x| k / 100 are tried."""
+    # Clipped at any other of the hundred, the error is 2% larger at least.
+    expect_close(candidate(x, 3), 0.93 * x.abs().max(), "the threshold", 1e-4, reveal=True)
+
+
+@clipping.check(
     points=2,
     hint="The threshold has the unit of x. What is it if steps is 1?",
-    examples=20,
+    examples=12,
     x=nonzero(shapes(1, 2, max_side=5)),
     bits=st.sampled_from((2, 3, 4, 8)),
-    steps=st.sampled_from((4, 1, 2, 3, 5, 10, 1, 2, 3, None)),
+    steps=st.sampled_from((4, 1, 2, 3, 5, 10)),
 )
 def the_threshold_is_one_of_the_candidates(candidate, x, bits, steps):
-    """The answer is max|x| times k / steps for a whole k from 1 to steps, and steps is 100 unless
-    said otherwise."""
-    alpha = candidate(x, bits, **given(steps=steps))
-    steps = steps or 100
+    """The answer is max|x| times k / steps for a whole k from 1 to steps."""
+    alpha = candidate(x, bits, steps)
     k = alpha / float(x.double().abs().max()) * steps
     expect(
         math.isfinite(k) and abs(k - round(k)) < 1e-3 * max(1, k / 100) and 1 <= round(k) <= steps,
@@ -1558,7 +1577,7 @@ def the_threshold_is_one_of_the_candidates(candidate, x, bits, steps):
 @clipping.check(
     points=1,
     hint="In which order do you try the thresholds, and what do you do when two are as good?",
-    examples=20,
+    examples=16,
     unit=st.sampled_from((1.0, 0.5, 4.0, -1.0, -2.0)),
     ones=st.integers(1, 3),
     more=st.integers(0, 2),
@@ -1574,7 +1593,7 @@ def of_equally_good_thresholds_the_largest_is_taken(candidate, unit, ones, more)
 @clipping.check(
     points=1,
     hint="What is the largest magnitude of a tensor of zeros?",
-    examples=10,
+    examples=8,
     x=tensors(kinds=("zeros",)),
     bits=st.sampled_from((2, 4, 8)),
     steps=st.integers(1, 5),
@@ -1587,18 +1606,15 @@ def zeros_need_no_threshold(candidate, x, bits, steps):
 @clipping.check(
     points=1,
     hint="Look at the docstring under Raises.",
-    examples=20,
-    bad=st.sampled_from(
-        [
-            (torch.ones(3), 4, 0),
-            (torch.ones(3), 4, -1),
-            (torch.ones(3), 1, 4),
-            (torch.ones(3), 9, 4),
-            (NAN, 4, 4),
-            (INF, 4, 4),
-            (torch.zeros(0), 4, 4),
-        ]
-    ),
+    bad=[
+        (torch.ones(3), 4, 0),
+        (torch.ones(3), 4, -1),
+        (torch.ones(3), 1, 4),
+        (torch.ones(3), 9, 4),
+        (NAN, 4, 4),
+        (INF, 4, 4),
+        (torch.zeros(0), 4, 4),
+    ],
 )
 def what_cannot_be_clipped_is_refused(candidate, bad):
     """NaN, infinity, an empty tensor, bits outside 2 to 8 and steps below 1 raise ValueError."""
@@ -1757,6 +1773,7 @@ def expect_product(got: Tensor, arguments: tuple[Tensor, ...], exact: bool = Fal
 @int8_matmul.check(
     points=2,
     hint="What is 100 times 100, and does your accumulator have room for it, and for many of them?",
+    examples=16,
     arguments=products(),
 )
 def with_scales_of_1_it_is_the_integer_product(candidate, arguments):
@@ -1767,6 +1784,7 @@ def with_scales_of_1_it_is_the_integer_product(candidate, arguments):
 @int8_matmul.check(
     points=2,
     hint="A token is a row of X. Which dimension of the result does it become?",
+    examples=20,
     arguments=st.booleans().flatmap(lambda column: products(x_column=column)),
 )
 def each_token_is_rescaled_by_its_own_scale(candidate, arguments):
@@ -1777,6 +1795,7 @@ def each_token_is_rescaled_by_its_own_scale(candidate, arguments):
 @int8_matmul.check(
     points=2,
     hint="An output channel is a row of W. Which dimension of the result does it become?",
+    examples=16,
     arguments=st.booleans().flatmap(lambda column: products(w_column=column)),
 )
 def each_output_is_rescaled_by_its_own_scale(candidate, arguments):
@@ -1800,6 +1819,7 @@ def cancelling(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @int8_matmul.check(
     points=2,
     hint="When do your integers become real numbers: before the sum, or after it?",
+    examples=16,
     arguments=cancelling(),
 )
 def large_products_cancel_without_a_trace(candidate, arguments):
@@ -1812,15 +1832,12 @@ def large_products_cancel_without_a_trace(candidate, arguments):
     points=1,
     hint="X is [tokens, in] and W [out, in], and a scale has one value a row, as a column, or one "
     "in all. Which mistakes would broadcasting hide?",
-    examples=20,
-    bad=st.sampled_from(
-        [
-            (CODES, ONE_SCALE, CODES[:, :1], ONE_SCALE),
-            (CODES, torch.ones(2), CODES, ONE_SCALE),
-            (CODES, ONE_SCALE, CODES, torch.ones(1, 2)),
-            (CODES, ONE_SCALE, CODES, torch.tensor(math.nan)),
-        ]
-    ),
+    bad=[
+        (CODES, ONE_SCALE, CODES[:, :1], ONE_SCALE),
+        (CODES, torch.ones(2), CODES, ONE_SCALE),
+        (CODES, ONE_SCALE, CODES, torch.ones(1, 2)),
+        (CODES, ONE_SCALE, CODES, torch.tensor(math.nan)),
+    ],
 )
 def what_does_not_fit_is_refused(candidate, bad):
     """Matrices that disagree on in, scales that are neither 0-d nor one a row, and scales that are
@@ -1967,6 +1984,7 @@ def packed_rows(codes: Tensor, bits: int) -> Tensor:
     points=2,
     hint="Write 1 and 2 as four bits each. Which of the two comes first in the stream, and where "
     "does the first bit of the stream go?",
+    examples=12,
     pairs=st.lists(st.tuples(*[st.integers(0, 15)] * 2), min_size=1, max_size=4),
     dtype=st.sampled_from((torch.uint8, torch.int64)),
 )
@@ -1980,6 +1998,7 @@ def two_codes_of_4_bits_share_a_byte(candidate, pairs, dtype):
 @packing.check(
     points=2,
     hint="Lay out eight codes of 3 bits as one row of 24 bits, and draw a line after every eighth.",
+    examples=16,
     drawn=code_rows(signed=False),
 )
 def a_code_may_cross_from_one_byte_to_the_next(candidate, drawn):
@@ -1991,6 +2010,7 @@ def a_code_may_cross_from_one_byte_to_the_next(candidate, drawn):
 @packing.check(
     points=2,
     hint="How is -1 stored in 8 bits, and which of these bits still belong to it in 3?",
+    examples=16,
     drawn=code_rows(signed=True),
 )
 def negative_codes_are_stored_as_twos_complement(candidate, drawn):
@@ -2002,6 +2022,7 @@ def negative_codes_are_stored_as_twos_complement(candidate, drawn):
     points=2,
     hint="A row whose bits do not fill its last byte: what goes there, and where does the next "
     "row begin?",
+    examples=24,
     drawn=code_rows(ragged=True),
 )
 def every_row_starts_on_a_byte(candidate, drawn):
@@ -2013,6 +2034,7 @@ def every_row_starts_on_a_byte(candidate, drawn):
 @packing.check(
     points=1,
     hint="How much memory does your result take? Look at its dtype and count.",
+    examples=24,
     drawn=code_rows() | code_rows(ragged=True),
 )
 def the_bytes_are_real_bytes(candidate, drawn):
@@ -2028,18 +2050,15 @@ def the_bytes_are_real_bytes(candidate, drawn):
     points=1,
     hint="Which codes fit in so many bits, signed or unsigned? Can one row hold -1 and 15 in 4 "
     "bits?",
-    examples=20,
-    bad=st.sampled_from(
-        [
-            (torch.tensor([1, 16]), 4),
-            (torch.tensor([-9, 0]), 4),
-            (torch.tensor([-1, 15]), 4),
-            (torch.tensor([4, -1]), 3),
-            (torch.tensor(3), 4),
-            (torch.tensor([1]), 1),
-            (torch.tensor([1]), 9),
-        ]
-    ),
+    bad=[
+        (torch.tensor([1, 16]), 4),
+        (torch.tensor([-9, 0]), 4),
+        (torch.tensor([-1, 15]), 4),
+        (torch.tensor([4, -1]), 3),
+        (torch.tensor(3), 4),
+        (torch.tensor([1]), 1),
+        (torch.tensor([1]), 9),
+    ],
 )
 def codes_that_do_not_fit_are_refused(candidate, bad):
     """Codes that fit neither the signed nor the unsigned range, a 0-d tensor, and bits outside 2 to

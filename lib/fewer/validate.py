@@ -1,5 +1,7 @@
 """What functions of every topic refuse, said once; each topic's own `validate` adds to it."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,6 +23,17 @@ def require_floating(x: Tensor, name: str) -> Float[Tensor, "*shape"]:
             f"{name} must be a floating-point tensor, got {x.dtype}; convert it with {name}.float()"
         )
     return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether `x` holds neither NaN nor infinity.
+
+    Example:
+        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([1.0, float("nan")]))
+        (True, False)
+    """
+    # The terms of a finite sum are finite, and to add them up takes a fraction of the time.
+    return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())
 
 
 def require_int(value: int, name: str, low: int, high: int | None = None) -> int:

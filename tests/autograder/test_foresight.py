@@ -149,7 +149,7 @@ def a_quarter_is_half_of_a_half(candidate: Any, x: torch.Tensor) -> None:
     expect_close(candidate(half), x / 4, "a quarter")
 
 
-@HALVE.check(points=1, hint="Raise.", examples=1)
+@HALVE.check(points=1, hint="Raise.")
 def nothing_has_no_half(candidate: Any) -> None:
     """An empty tensor is refused."""
     expect_error(candidate, ValueError, torch.zeros(0))

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autograder.battery import battery
@@ -254,6 +255,55 @@ def test_the_inputs_do_not_depend_on_which_modules_are_imported(tmp_path):
     ]
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) > 1000
+
+
+def listed(**inputs):
+    exercise = Exercise(halves, paper="none", difficulty=1, minutes=1)
+
+    @exercise.check(points=1, hint="", **inputs)
+    def works(candidate, **drawn):
+        """It works."""
+        candidate(torch.tensor([float(sum(drawn.values()))]))
+
+    return exercise, exercise.checks[0]
+
+
+@given(
+    st.lists(st.integers(), min_size=1, max_size=5), st.lists(st.integers(), min_size=1, max_size=4)
+)
+def test_of_listed_inputs_every_combination_is_asked_once_whatever_the_seed(first, second):
+    _, check = listed(a=first, b=second)
+    want = [{"a": a, "b": b} for a in first for b in second]
+    assert battery(check, 0) == battery(check, 12345) == want
+    assert battery(listed()[1], 0) == [{}]
+
+
+def test_of_listed_inputs_the_first_that_fails_is_shown():
+    exercise, _ = listed(a=[1, 2, 3, 4])
+
+    def fails_from_two_on(x):
+        if x.item() >= 2:
+            raise RuntimeError("too large")
+        return x, 2.0
+
+    result = judge(exercise, Local(fails_from_two_on)).results[0]
+    assert result.status == "failed"
+    assert "2." in result.failure.call
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "says"),
+    [
+        ({"a": [1], "examples": 3}, ValueError, "examples is for strategies"),
+        ({"a": []}, ValueError, "a list of inputs is empty"),
+        ({"a": [1], "b": st.integers()}, TypeError, "a: a list, beside strategies"),
+        ({"a": (1, 2)}, TypeError, "a must be a strategy or a list, got \\(1, 2\\)"),
+        ({"a": 3, "b": st.integers()}, TypeError, "a must be a strategy or a list, got 3"),
+    ],
+)
+def test_inputs_that_cannot_be_are_named(inputs, error, says):
+    with pytest.raises(error, match=says):
+        listed(**inputs)
 
 
 def test_nobody_can_spoil_the_shared_inputs():

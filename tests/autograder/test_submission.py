@@ -60,13 +60,13 @@ def twice_the_half_is_the_whole(candidate: Any, x: torch.Tensor) -> None:
     expect_close(candidate(x) * 2, x, what="twice the half")
 
 
-@HALVE.check(points=1, hint="Raise.", examples=1)
+@HALVE.check(points=1, hint="Raise.")
 def nothing_has_no_half(candidate: Any) -> None:
     """An empty tensor is refused."""
     expect_error(candidate, ValueError, torch.zeros(0))
 
 
-@HALVE.check(points=1, hint="Zero.", examples=1)
+@HALVE.check(points=1, hint="Zero.")
 def half_of_zero_is_zero(candidate: Any) -> None:
     """Zero stays zero."""
     expect_close(candidate(torch.zeros(1)), torch.zeros(1), what="half of zero")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from fewer.validate import require_floating, require_int
+from fewer.validate import all_finite, require_floating, require_int
 
 
 def require_finite(x: Tensor, name: str) -> Float[Tensor, "*shape"]:
@@ -27,7 +27,7 @@ def require_finite(x: Tensor, name: str) -> Float[Tensor, "*shape"]:
     x = require_floating(x, name)
     if x.numel() == 0:
         raise ValueError(f"{name} must have at least one element, got shape {tuple(x.shape)}")
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         raise ValueError(
             f"{name} must be finite, got {nan} NaN and {inf} infinite among its {x.numel()} values"
@@ -95,7 +95,7 @@ def require_clip(clip: Tensor | float, like: Float[Tensor, "*scale"]) -> Float[T
             `like`.
     """
     alpha = torch.as_tensor(clip, device=like.device).detach().to(like.dtype)
-    if alpha.numel() == 0 or not torch.isfinite(alpha).all() or (alpha < 0).any():
+    if alpha.numel() == 0 or not all_finite(alpha) or (alpha < 0).any():
         raise ValueError(f"clip must be finite and not negative, got {clip}")
     try:
         return alpha.expand_as(like)

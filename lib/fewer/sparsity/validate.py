@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fewer.validate import require_floating, require_int
+from fewer.validate import all_finite, require_floating, require_int
 
 
 def require_scores(scores: Tensor, name: str = "scores") -> Float[Tensor, "*shape"]:
@@ -56,7 +56,7 @@ def require_finite(x: Tensor, name: str) -> Float[Tensor, "*shape"]:
         ValueError: `x` holds NaN or infinity.
     """
     x = require_floating(x, name)
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         raise ValueError(
             f"{name} must be finite, got {nan} NaN and {inf} infinite among its {x.numel()} values"
