@@ -1253,7 +1253,7 @@ def expect_group_scales(w: Tensor, bits: int, group_size: int, scale: Tensor) ->
 @per_group.check(
     points=3,
     hint="Which weights share a scale? Write down W as 2 rows of 4 and circle the groups of 2.",
-    examples=24,
+    examples=16,
     drawn=weights(ragged=False),
 )
 def consecutive_weights_of_a_row_share_a_scale(candidate, drawn):
@@ -1289,7 +1289,7 @@ def the_shorter_last_group_is_a_group_of_its_own(candidate, drawn):
 @per_group.check(
     points=1,
     hint="Divide one of the weights by the scale of its group. Which whole number is nearest?",
-    examples=24,
+    examples=16,
     drawn=weights(ragged=False),
 )
 def every_weight_gets_the_nearest_code(candidate, drawn):
@@ -1307,7 +1307,7 @@ def every_weight_gets_the_nearest_code(candidate, drawn):
     points=2,
     hint="With symmetric=False a group is quantized as in the exercise before: what else than "
     "codes and scale is needed to get its weights back?",
-    examples=24,
+    examples=20,
     drawn=weights(ragged=False, symmetric=False) | weights(ragged=True, symmetric=False),
 )
 def asymmetric_groups_have_zero_points(candidate, drawn):
@@ -1329,7 +1329,7 @@ def asymmetric_groups_have_zero_points(candidate, drawn):
 @per_group.check(
     points=1,
     hint="What do you divide by in a group of zeros?",
-    examples=20,
+    examples=16,
     rows=st.integers(1, 3),
     size=st.integers(1, 3),
     symmetric=st.sampled_from((None, True, False)),
@@ -1577,7 +1577,7 @@ def the_threshold_is_one_of_the_candidates(candidate, x, bits, steps):
 @clipping.check(
     points=1,
     hint="In which order do you try the thresholds, and what do you do when two are as good?",
-    examples=16,
+    examples=10,
     unit=st.sampled_from((1.0, 0.5, 4.0, -1.0, -2.0)),
     ones=st.integers(1, 3),
     more=st.integers(0, 2),
@@ -1593,7 +1593,7 @@ def of_equally_good_thresholds_the_largest_is_taken(candidate, unit, ones, more)
 @clipping.check(
     points=1,
     hint="What is the largest magnitude of a tensor of zeros?",
-    examples=8,
+    examples=4,
     x=tensors(kinds=("zeros",)),
     bits=st.sampled_from((2, 4, 8)),
     steps=st.integers(1, 5),
