@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbgrader.api import Gradebook
+from parsed import Page
 from small_course import (
     BOTH,
     FIRST,
@@ -399,3 +400,48 @@ def test_explain_shows_the_recorded_verdict_again(graded, tmp_path):
     found = explain(course, LAB, "first-2", SECOND, walled=WALLED)
     assert not found.same
     assert "the submission, or what was released, is not what was graded" in found.changed[0]
+
+
+@pytest.mark.slow  # two kernels start
+def test_a_class_graded_with_its_own_figures_has_the_same_points(handed_in, tmp_path):
+    course = shutil.copytree(handed_in, tmp_path / "course")
+    for student in STUDENTS:
+        if student not in ("both-0", "first-1"):
+            shutil.rmtree(course / "submitted" / student)
+    path = course / "submitted" / "both-0" / LAB / f"{LAB}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    cell_of(notebook, FIRST).source += (
+        "\n\nimport matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.show()\n"
+        "print('words of my own')\n"
+        "from IPython.display import HTML, display\n"
+        "display(HTML('<script>alert(1)</script>'))\n"
+    )
+    nbformat.write(notebook, path)
+    pages = {}
+    for execute in (False, True):
+        summary = grade(course, LAB, walled=WALLED, execute=execute)
+        assert summary.judged == 2
+        assert {s.student: s.points for s in summary.scores} == {
+            "both-0": BOTH,
+            "first-1": MAX[FIRST],
+        }
+        page = course / "feedback" / "both-0" / LAB / f"{LAB}.html"
+        pages[execute] = Page(page.read_text())
+    pictures = {
+        execute: [source for source in page.all("src") if source.startswith("data:image/png;")]
+        for execute, page in pages.items()
+    }
+    assert [len(pictures[False]), len(pictures[True])] == [0, 1]
+    assert "words of my own" in pages[True].text
+    assert not pages[True].tags["script"]
+    made = notebooks(course)["both-0"]
+    assert made["metadata"]["fewer"]["executed"] is True
+    assert not any("text/html" in o.get("data", {}) for o in outputs_of(made, FIRST))
+
+
+def outputs_of(notebook, grade_id):
+    return next(
+        cell["outputs"]
+        for cell in notebook["cells"]
+        if cell["metadata"].get("nbgrader", {}).get("grade_id") == grade_id
+    )
