@@ -27,6 +27,7 @@ from rich.text import Text
 
 import autograder
 import fewer
+from autograder import sandbox
 from autograder.attacks import answers, exhaustion, machine, notebooks, pages, process
 from autograder.attacks.attack import BRAG, HONEST, MARK, Attack, Scene
 from autograder.report import verdicts
@@ -166,6 +167,7 @@ def _scene(course: Path, lab: str) -> Iterator[tuple[Scene, list[tuple[str, str]
         "outside": str(outside),
         "files": [*map(str, files), str(checks / "quantization.py")],
         "checks": str(checks),
+        "shown": sandbox.readable(),  # which may lie below /tmp
         "home": str(Path.home()),
         "grader": os.getpid(),
         "variable": VARIABLE,
