@@ -179,7 +179,7 @@ ATTACKS = (
             for folder in (*places, "/root", "/var/tmp", "/proc", "/dev", "/sys/fs/cgroup"):
                 try: open(folder + "/@MARK@", "w").write("here")
                 except OSError: continue
-                brag(folder)
+                if not folder.startswith("/tmp/"): brag(folder)  # /tmp is its own: see what is left
             open("/tmp/@MARK@", "w").write("this stays inside")
         """),
     ),
