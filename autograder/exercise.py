@@ -148,7 +148,7 @@ class Exercise:
 
         Args:
             examples: how often the inputs are drawn (40 times). As many as it takes for every
-                mistake that this check is for to show, whatever the seed: `fewer kill-table`.
+                mistake that this check is for to show, whatever the seed: benchmarks/escapes.py.
             inputs: where each argument of the property comes from: a strategy, or a list of all
                 its values, plainest first. If they are lists, every combination is asked, once.
         """

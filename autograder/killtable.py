@@ -314,24 +314,26 @@ def _killers(
 ) -> Iterator[str]:
     """Names of the checks that fail the candidate, on all inputs or so many of each check."""
     for check in exercise.checks:
-        if _first_failure(exercise, check, candidate, seed, inputs):
+        if first_failure(exercise, check, candidate, seed, inputs):
             yield check.name
             if not thorough:
                 return
 
 
-def _first_failure(
+def first_failure(
     exercise: Exercise, check: Check, candidate: Local, seed: int, inputs: int | None = None
-) -> str:
-    """What the check says of the first inputs on which it fails; empty if it never does."""
-    for drawn in battery(check, seed)[:inputs]:
+) -> tuple[int, str] | None:
+    """The number, from 1, of the first inputs on which the check fails, and what it says of them;
+    None if it never does."""
+    for number, drawn in enumerate(battery(check, seed)[:inputs], start=1):
         try:
             attempt = Attempt(exercise, check, candidate, drawn)
         except RanAway as error:
-            return str(error)
+            return number, str(error)
         if attempt.todo or attempt.failure:
-            return attempt.failure.message if attempt.failure else "nothing was written yet"
-    return ""
+            said = attempt.failure.message if attempt.failure else "nothing was written yet"
+            return number, said
+    return None
 
 
 def _failing_calls(
@@ -360,9 +362,8 @@ def accept(exercise: Exercise, seeds: range) -> Row:
     for seed in seeds:
         for how, function in variants.items():
             for check in exercise.checks:
-                message = _first_failure(exercise, check, Local(function), seed)
-                if message:
-                    row.rejections.append(Rejection(how, seed, check.name, message))
+                if failure := first_failure(exercise, check, Local(function), seed):
+                    row.rejections.append(Rejection(how, seed, check.name, failure[1]))
         battery.cache_clear()  # a seed's inputs are not needed again
     return row
 

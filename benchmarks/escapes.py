@@ -27,12 +27,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from autograder.battery import battery
-from autograder.bounded import Bounded, RanAway
+from autograder.bounded import Bounded
 from autograder.candidate import Local
-from autograder.exercise import Check, Exercise, exercises, find
-from autograder.judge import Attempt
-from autograder.killtable import remembering
+from autograder.exercise import Exercise, exercises, find
+from autograder.killtable import first_failure, remembering
 from autograder.mutants import mutants
 from fewer.progress import track
 
@@ -77,24 +75,12 @@ def failures(name: str, seed: int) -> Failures:
             wrong[mutant.text] = Bounded(function, exercise.decorator is not None)
     return {
         text: {
-            check.name: at
+            check.name: failure[0]
             for check in exercise.checks
-            if (at := first_failure(exercise, check, candidate, seed)) is not None
+            if (failure := first_failure(exercise, check, candidate, seed))
         }
         for text, candidate in wrong.items()
     }
-
-
-def first_failure(exercise: Exercise, check: Check, candidate: Local, seed: int) -> int | None:
-    """The number of the first inputs on which a check fails; None if there are none."""
-    for number, drawn in enumerate(battery(check, seed), start=1):
-        try:
-            attempt = Attempt(exercise, check, candidate, drawn)
-        except RanAway:
-            return number
-        if attempt.failure or attempt.todo:
-            return number
-    return None
 
 
 def show(exercise: Exercise, found: list[Failures]) -> None:

@@ -1602,11 +1602,8 @@ def parameters_are_not_written_to(candidate, layer):
     points=1,
     hint="How many outputs are there, and how many numbers has the scale? PyTorch spreads some "
     "shapes without being asked.",
-    examples=20,
-    bad=st.sampled_from(
-        [((3, 2), (2,)), ((3, 2), (1,)), ((3, 2), ()), ((3, 2), (3, 1)), ((3, 3), (1, 3))]
-    ),
-    bias=st.booleans(),
+    bad=[((3, 2), (2,)), ((3, 2), (1,)), ((3, 2), ()), ((3, 2), (3, 1)), ((3, 3), (1, 3))],
+    bias=[False, True],
 )
 def a_scale_of_another_shape_is_refused(candidate, bad, bias):
     """A scale that has not one number for each output raises ValueError."""
